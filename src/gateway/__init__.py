@@ -1,0 +1,1 @@
+"""The product: admission, routing, security, runs. Knows neither the web framework nor the Agents SDK."""

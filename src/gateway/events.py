@@ -1,0 +1,143 @@
+"""RunEvent: the one stream that every executor yields and every surface encodes.
+
+An executor yields zero or more deltas and calls, then exactly one `RunFinished` (or, for a relayed upstream,
+`RelayedBody` / `RelayEnded`); a failure is a raised `GatewayError`. Whoever matches on `RunEvent` ends with
+`assert_never`, so that a new event is a type error until every surface says what it does with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of a run, summed over all its model calls; ``estimated`` when an upstream gave no numbers."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached_input_tokens: int = 0
+    reasoning_tokens: int = 0
+    requests: int = 0
+    estimated: bool = False
+
+    @property
+    def total_tokens(self) -> int:
+        """Input plus output."""
+        return self.input_tokens + self.output_tokens
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.input_tokens + other.input_tokens,
+            self.output_tokens + other.output_tokens,
+            self.cached_input_tokens + other.cached_input_tokens,
+            self.reasoning_tokens + other.reasoning_tokens,
+            self.requests + other.requests,
+            self.estimated or other.estimated,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """A piece of the answer's text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """A piece of the model's visible reasoning."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class RefusalDelta:
+    """A piece of a refusal."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallRequested:
+    """A call of a tool that the *client* sent: the client runs it and comes back with the result."""
+
+    index: int
+    call_id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolStarted:
+    """A tool of the gateway or the agent began; never shown as a tool call to a strict client."""
+
+    call_id: str
+    name: str
+    agent: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFinished:
+    """A tool of the gateway or the agent ended."""
+
+    call_id: str
+    name: str
+    agent: str
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSwitched:
+    """A handoff: another agent of the same drop-in goes on."""
+
+    agent: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunFinished:
+    """The answer is complete. ``usage`` is None only where no model was called."""
+
+    finish_reason: FinishReason
+    usage: Usage | None
+
+
+@dataclass(frozen=True, slots=True)
+class RelayedChunk:
+    """One judged stream event of a raw upstream model: the JSON after ``data: ``, ready to send."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RelayEnded:
+    """A relayed stream came to its proper end."""
+
+    finish_reason: str
+    usage: Usage | None
+
+
+@dataclass(frozen=True, slots=True)
+class RelayedBody:
+    """The whole JSON answer of a raw upstream model, ready to send."""
+
+    data: bytes
+    finish_reason: str
+    usage: Usage | None
+
+
+RunEvent = (
+    TextDelta
+    | ReasoningDelta
+    | RefusalDelta
+    | ToolCallRequested
+    | ToolStarted
+    | ToolFinished
+    | AgentSwitched
+    | RunFinished
+    | RelayedChunk
+    | RelayEnded
+    | RelayedBody
+)

@@ -1,0 +1,1 @@
+"""Which models exist: agents from drop-in folders and YAML, by canonical id, alias and bare name."""

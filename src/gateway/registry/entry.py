@@ -1,0 +1,91 @@
+"""AgentEntry: one row of the registry, and the Diagnostic that says why a row is missing or old."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from gateway.events import RunEvent
+
+DiagnosticKind = Literal["import", "dependency", "validation", "security"]
+ClientTools = Literal["merge", "ignore", "refuse"]
+StreamMode = Literal["auto", "live", "guarded"]
+Status = Literal["ready", "stale", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnostic:
+    """Why a drop-in did not load, or what is odd about it: where, what, and the one thing that mends it.
+
+    ``code`` is a stable word (``syntax_error``, ``missing_package``, ``no_export`` …; all of them stand in
+    ``docs/references/diagnostics.md``). ``file`` is relative to the discovery root. ``occurred_at`` is epoch seconds.
+    """
+
+    kind: DiagnosticKind
+    code: str
+    message: str
+    fix: str
+    file: str
+    line: int | None = None
+    cause: str | None = None
+    module: str | None = None
+    severity: Literal["error", "warning"] = "error"
+    occurred_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class AgentOptions:
+    """What ``__gateway__`` or ``agents.yaml`` says about an agent; None means the gateway's default."""
+
+    namespace: str | None = None
+    display_name: str | None = None
+    description: str | None = None
+    model: str | None = None
+    upstream: str | None = None
+    max_turns: int | None = None
+    max_tool_hops: int | None = None
+    max_completion_tokens: int | None = None
+    timeout_s: float | None = None
+    expose: bool = True
+    client_tools: ClientTools | None = None
+    stream_mode: StreamMode = "auto"
+
+
+class EntryExecutor(Protocol):
+    """The part of `gateway.run.Executor` a registry needs to know: it is carried, never called, here."""
+
+    def execute(self, run: Any) -> AsyncIterator[RunEvent]:
+        """See `gateway.run.Executor.execute`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AgentEntry:
+    """One agent: ready to run, serving its last good generation (``stale``), or only its error.
+
+    ``id`` is ``namespace/slug``. ``model`` is the upstream model that the entry agent resolves to. ``created`` is
+    the file's modification time in epoch seconds. ``executor`` is None exactly when ``status`` is ``error``.
+    ``file`` is relative to the discovery root and shown to admins only.
+    """
+
+    id: str
+    namespace: str
+    name: str
+    display_name: str
+    kind: Literal["sdk", "declarative"]
+    source: Literal["file", "yaml"]
+    created: int
+    executor: EntryExecutor | None
+    upstream: str | None = None
+    model: str | None = None
+    description: str | None = None
+    tools: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    owned_by: str = "agent-gateway"
+    options: AgentOptions = field(default_factory=AgentOptions)
+    status: Status = "ready"
+    generation: int = 0
+    content_hash: str = ""
+    file: str | None = None
+    diagnostics: tuple[Diagnostic, ...] = ()
