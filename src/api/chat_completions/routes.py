@@ -1,0 +1,85 @@
+"""POST /v1/chat/completions: bytes in, one completion or a stream of chunks out."""
+
+from __future__ import annotations
+
+import logging
+
+from api.chat_completions.encoder import ChunkEncoder, CompletionBuilder, encode_error
+from api.dependencies import read_body, session_id
+from api.errors import public
+from api.routing import Request, Response
+from api.sse import ClientGone, Connection, EventStream
+from gateway.admission import Call, admit
+from gateway.chat import ChatRequest, RelayRequest, decode_body
+from gateway.errors import GatewayError, ModelNotFound
+from gateway.events import RunEvent
+from gateway.observability.logs import log_event
+from gateway.run import Executor, Run
+
+_log = logging.getLogger("api.chat_completions")
+
+
+async def create_chat_completion(request: Request) -> Response | None:
+    """Admit the request, run it, and answer; nothing is sent before the first event of a stream."""
+    body = await read_body(request)
+    settings = request.gateway.settings
+    call = Call(
+        principal=request.caller,
+        request_id=request.request_id,
+        body=body,
+        fields=decode_body(body),
+        headers={name: request.headers[name] for name in settings.header_allowlist if name in request.headers},
+        session_id=session_id(request.headers),
+    )
+    run, executor = await _admit_when_loaded(request, call)
+    try:
+        async with Connection(request.receive) as connection:
+            if run.streamed:
+                await _stream(request, run, executor, connection)
+                return None
+            builder = CompletionBuilder(run)
+            await request.gateway.engine.execute(run, executor, builder.add)
+            return Response(builder.body())
+    except ClientGone:
+        log_event(_log, "http.client.gone", run_id=run.id.hex, model=run.model)
+        return None
+
+
+async def _admit_when_loaded(request: Request, call: Call) -> tuple[Run, Executor]:
+    """Admit; while the first load of the agents is under way, an unknown name may only be early: wait for it."""
+    gateway = request.gateway
+    while True:
+        try:
+            return admit(call, gateway.holder.current, gateway.settings)
+        except ModelNotFound:
+            if gateway.loaded.is_set():
+                raise
+        await gateway.wait_for_agents()
+
+
+async def _stream(request: Request, run: Run, executor: Executor, connection: Connection) -> None:
+    encoder = ChunkEncoder(run, include_usage=_wants_usage(run.request))
+    stream = EventStream(request.send, connection, request.gateway.settings.ping_s)
+
+    async def emit(event: RunEvent) -> None:
+        data = encoder.encode(event)
+        if data:
+            await stream.write(data)
+
+    try:
+        await request.gateway.engine.execute(run, executor, emit)
+        await stream.write(b"", more=False)
+    except Exception as error:
+        if not stream.started:
+            raise
+        if not isinstance(error, GatewayError):
+            log_event(_log, "http.request.crashed", level=logging.ERROR, exc_info=error)
+        await stream.write(encode_error(public(error)), more=False)
+    finally:
+        stream.close()
+
+
+def _wants_usage(request: ChatRequest | RelayRequest) -> bool:
+    if isinstance(request, RelayRequest):
+        return request.include_usage
+    return bool(request.stream_options and request.stream_options.include_usage)

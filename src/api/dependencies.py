@@ -1,0 +1,92 @@
+"""What handlers ask of a request: its caller, its body within limits, the headers an agent may see."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import uuid
+from collections.abc import Mapping
+
+from api.routing import Receive, Request
+from api.routing import Scope as AsgiScope
+from gateway.errors import BodyTooLarge, InvalidRequest, RequestTimedOut
+from gateway.security.keys import Caller
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "via")
+
+
+def read_headers(scope: AsgiScope) -> dict[str, str]:
+    """Return the request's headers by lower-case name."""
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+def request_id(headers: Mapping[str, str]) -> str:
+    """Return the caller's well-formed ``x-request-id``, else a new one."""
+    given = headers.get("x-request-id")
+    return given if given is not None and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def caller(scope: AsgiScope, headers: Mapping[str, str]) -> Caller:
+    """Return what the request shows of who sent it."""
+    client = scope.get("client")
+    return Caller(
+        authorization=headers.get("authorization"),
+        x_api_key=headers.get("x-api-key"),
+        host=headers.get("host"),
+        peer=client[0] if client else None,
+        forwarded=any(name in headers for name in _FORWARDED),
+    )
+
+
+def session_id(headers: Mapping[str, str]) -> str | None:
+    """Return the conversation the client names (``x-session-id``, or Open WebUI's chat id), if well-formed."""
+    for name in ("x-session-id", "x-openwebui-chat-id"):
+        value = headers.get(name)
+        if value is not None and _REQUEST_ID.fullmatch(value):
+            return value
+    return None
+
+
+async def read_body(request: Request) -> bytes:
+    """Read the body; refuse it while reading once it passes the limit or the time.
+
+    Raises `BodyTooLarge`, `RequestTimedOut`, or `InvalidRequest` for a client that left in the middle.
+    """
+    limit = request.gateway.settings.body_limit_bytes
+    declared = request.headers.get("content-length")
+    if declared is not None and declared.isdigit() and int(declared) > limit:
+        raise _too_large(limit)
+    try:
+        async with asyncio.timeout(request.gateway.settings.body_timeout_s):
+            return await _read(request.receive, limit)
+    except TimeoutError as error:
+        raise RequestTimedOut(
+            f"The request body did not arrive within {request.gateway.settings.body_timeout_s:g} s."
+        ) from error
+
+
+async def _read(receive: Receive, limit: int) -> bytes:
+    message = await receive()
+    if message["type"] == "http.request" and not message.get("more_body"):
+        body: bytes = message.get("body", b"")
+        if len(body) > limit:
+            raise _too_large(limit)
+        return body
+    parts, size = [], 0
+    while message["type"] == "http.request":
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limit:
+            raise _too_large(limit)
+        parts.append(part)
+        if not message.get("more_body"):
+            return b"".join(parts)
+        message = await receive()
+    raise InvalidRequest("The connection closed before the request body was complete.")
+
+
+def _too_large(limit: int) -> BodyTooLarge:
+    return BodyTooLarge(
+        f"The request body is larger than {limit:,} bytes. Send less, or raise GATEWAY_REQUEST_BODY_LIMIT_BYTES."
+    )

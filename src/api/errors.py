@@ -1,0 +1,40 @@
+"""The one place that turns an exception into HTTP: OpenAI's error object, its status, its headers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+
+from api.routing import Headers, Response
+from gateway.errors import GatewayError, MethodNotAllowed, Unauthenticated
+
+_INTERNAL = GatewayError(
+    "The gateway failed in a way it did not expect. The request id in x-request-id finds the cause in its log."
+)
+
+
+def public(error: BaseException) -> GatewayError:
+    """Return what a caller may know of ``error``: itself if the gateway can explain it, else a plain 500."""
+    return error if isinstance(error, GatewayError) else _INTERNAL
+
+
+def error_object(error: GatewayError) -> dict[str, Any]:
+    """Return ``{"error": {message, type, param, code}}``."""
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+def error_response(error: GatewayError) -> Response:
+    """Return the whole answer for an error that comes before the first byte of a stream."""
+    headers: list[tuple[bytes, bytes]] = []
+    if isinstance(error, Unauthenticated):
+        headers.append((b"www-authenticate", b"Bearer"))
+    if error.retry_after_s is not None:
+        headers.append((b"retry-after", str(math.ceil(error.retry_after_s)).encode()))
+    if error.should_retry is not None:
+        headers.append((b"x-should-retry", b"true" if error.should_retry else b"false"))
+    if isinstance(error, MethodNotAllowed):
+        headers.append((b"allow", b"GET, POST"))
+    result: Headers = tuple(headers)
+    return Response(msgspec.json.encode(error_object(error)), error.status, headers=result)

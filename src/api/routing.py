@@ -1,0 +1,117 @@
+"""The route table's parts: a Route row, what a handler is given, and what it gives back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from gateway.errors import MethodNotAllowed, NotFound
+from gateway.principal import Principal
+
+if TYPE_CHECKING:  # the composition root imports this module
+    from api.bootstrap import Gateway
+
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+Headers = tuple[tuple[bytes, bytes], ...]
+
+RequiredScope = Literal["public", "chat", "metrics", "admin"]
+
+
+@dataclass(slots=True)
+class Request:
+    """One HTTP request that has passed the door. ``headers`` has lower-case names; the last of a repeated one wins."""
+
+    scope: Scope
+    receive: Receive
+    send: Send
+    gateway: Gateway
+    request_id: str
+    headers: Mapping[str, str]
+    principal: Principal | None
+    path_params: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def caller(self) -> Principal:
+        """The principal of a route that is not public."""
+        assert self.principal is not None, "a public route has no caller"
+        return self.principal
+
+
+@dataclass(slots=True)
+class Response:
+    """A whole answer; streaming handlers send for themselves and return None."""
+
+    body: bytes
+    status: int = 200
+    content_type: bytes = b"application/json"
+    headers: Headers = ()
+
+
+Handler = Callable[[Request], Awaitable[Response | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One row of the route table.
+
+    ``path`` may end in ``{name:path}`` (one or more segments, slashes included). ``action`` is the stable name that
+    policy speaks of. ``scope`` is what a key needs; ``public`` needs no key. A row without ``handler`` is served by
+    the FastAPI application behind the dispatcher. ``aliases`` answer alike and stay out of the OpenAPI document.
+    """
+
+    method: str
+    path: str
+    action: str
+    scope: RequiredScope
+    summary: str
+    handler: Handler | None = None
+    aliases: tuple[str, ...] = ()
+
+
+class RouteTable:
+    """Finds the row for a method and a path; exact paths by one dictionary look-up."""
+
+    def __init__(self, routes: Iterable[Route]) -> None:
+        self.routes = tuple(routes)
+        self._exact: dict[str, dict[str, Route]] = {}
+        self._patterns: list[tuple[re.Pattern[str], str, dict[str, Route]]] = []
+        for route in self.routes:
+            for path in (route.path, *route.aliases):
+                self._add(path, route)
+
+    def match(self, method: str, path: str) -> tuple[Route, Mapping[str, str]]:
+        """Return the row and the path parameters; raise `NotFound` or `MethodNotAllowed`."""
+        methods, params = self._exact.get(path), dict[str, str]()
+        if methods is None:
+            for pattern, _, candidates in self._patterns:
+                found = pattern.fullmatch(path)
+                if found:
+                    methods, params = candidates, found.groupdict()
+                    break
+        if methods is None:
+            raise NotFound(f"Nothing answers at {path[:200]}. The API is described at /docs.")
+        route = methods.get("GET" if method == "HEAD" else method)
+        if route is None:
+            raise MethodNotAllowed(f"{path[:200]} answers {' and '.join(sorted(methods))}, not {method}.")
+        return route, params
+
+    def _add(self, path: str, route: Route) -> None:
+        if "{" not in path:
+            methods = self._exact.setdefault(path, {})
+        else:
+            source = re.sub(r"\{(\w+):path\}", r"(?P<\1>.+)", path)
+            source = re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", source)
+            for _, known, candidates in self._patterns:
+                if known == source:
+                    methods = candidates
+                    break
+            else:
+                methods = {}
+                self._patterns.append((re.compile(source), source, methods))
+        if route.method in methods:
+            raise ValueError(f"two routes for {route.method} {path}")
+        methods[route.method] = route

@@ -1,0 +1,104 @@
+"""Admission: the one door into a run. Name → entry, then the caller's right; the first refusal wins."""
+
+from __future__ import annotations
+
+import difflib
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from msgspec import Raw
+
+from gateway.chat import ChatRequest, RelayRequest, decode_chat, decode_model, decode_relay
+from gateway.config import Settings
+from gateway.errors import AgentMisconfigured, ModelNotAllowed, ModelNotFound
+from gateway.principal import Principal
+from gateway.registry.entry import AgentEntry
+from gateway.run import Executor, Run
+from gateway.runs.relay import RelayExecutor
+from gateway.security.acl import allows
+from gateway.snapshot import Snapshot
+from gateway.upstreams.table import ModelBinding
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request at the door: who, what, and the headers an agent may see.
+
+    ``body`` is the JSON text that ``fields`` was cut from.
+    """
+
+    principal: Principal
+    request_id: str
+    body: bytes
+    fields: dict[str, Raw]
+    headers: Mapping[str, str]
+    session_id: str | None = None
+
+
+def admit(call: Call, snapshot: Snapshot, settings: Settings) -> tuple[Run, Executor]:
+    """Return the run and what will execute it.
+
+    Raises `ModelNotFound`, `ModelNotAllowed` (or `ModelNotFound` with the same words where the key may not know
+    what exists), `AgentMisconfigured` for an agent that never loaded, `InvalidRequest` for its fields.
+    """
+    name = decode_model(call.fields)
+    target = authorize_model(name, call.principal, snapshot)
+    request: ChatRequest | RelayRequest
+    executor: Executor
+    metadata: Mapping[str, str] = {}
+    if isinstance(target, AgentEntry):
+        if target.executor is None:
+            raise AgentMisconfigured(
+                f"The agent '{target.id}' did not load, so it cannot answer. Its author finds the reason, with file "
+                "and line, in GET /agents/errors."
+            )
+        request = decode_chat(call.body, call.fields)
+        model, executor, streamed = target.id, target.executor, bool(request.stream)
+        deadline_s = min(target.options.timeout_s or settings.run_timeout_s, settings.run_timeout_s)
+        metadata = request.metadata or {}
+    else:
+        request = decode_relay(name, call.fields)
+        model, executor, streamed = name, RelayExecutor(target), request.stream
+        deadline_s = settings.run_timeout_s
+    run = Run(
+        id=uuid.uuid4(),
+        request_id=call.request_id,
+        principal=call.principal,
+        model=model,
+        request=request,
+        streamed=streamed,
+        created=int(time.time()),
+        deadline_s=deadline_s,
+        session_id=call.session_id,
+        metadata=metadata,
+        headers=call.headers,
+    )
+    return run, executor
+
+
+def authorize_model(name: str, principal: Principal, snapshot: Snapshot) -> AgentEntry | ModelBinding:
+    """Resolve a model name and check the caller's right to it; the right is judged on the canonical id."""
+    entry = snapshot.registry.find(name)
+    target: AgentEntry | ModelBinding | None = entry or snapshot.upstreams.find_model(name)
+    canonical = entry.id if entry else name
+    if target is None:
+        raise ModelNotFound(_not_found(name, principal, snapshot), param="model")
+    if not allows(principal, canonical):
+        if snapshot.keyring.hide_foreign_models:
+            raise ModelNotFound(_not_found(name, principal, snapshot), param="model")
+        raise ModelNotAllowed(
+            f"The key '{principal.key_id}' does not reach the model '{canonical}'. Ask its owner to add a pattern that "
+            "matches it to allow_agents, or use a model from GET /v1/models.",
+            param="model",
+        )
+    return target
+
+
+def _not_found(name: str, principal: Principal, snapshot: Snapshot) -> str:
+    """Name the nearest model that *this* caller may know of; never another."""
+    known = [entry.id for entry in snapshot.registry.list_entries() if allows(principal, entry.id)]
+    near = difflib.get_close_matches(name.lower(), known, 1, 0.6)
+    hint = f" Did you mean '{near[0]}'?" if near else " GET /v1/models lists what your key reaches."
+    return f"The model '{name[:128]}' does not exist or you do not have access to it.{hint}"

@@ -1,0 +1,1 @@
+"""Runs: how an admitted request is executed and recorded."""

@@ -1,0 +1,92 @@
+"""RunEngine: drives an executor inside its deadline, and records every run once, however it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import cast
+
+from gateway.errors import GatewayError, RunTimedOut
+from gateway.events import RelayedBody, RelayEnded, RunEvent, RunFinished, Usage
+from gateway.observability.logs import log_event
+from gateway.observability.metrics import Metrics
+from gateway.run import Executor, Run
+
+Sink = Callable[[RunEvent], Awaitable[None]]
+
+_log = logging.getLogger("gateway.runs")
+
+
+class RunEngine:
+    """Executes runs in the task of whoever asks.
+
+    A durable engine takes the same arguments and appends each event to a log before it hands it on.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    async def execute(self, run: Run, executor: Executor, sink: Sink) -> None:
+        """Hand every event of the run to ``sink``, in order; return when the run is finished.
+
+        Raises what the executor raises (`GatewayError`), or `RunTimedOut` past ``run.deadline_s``. Cancelling the
+        calling task stops the executor, its model call and its tools before this returns.
+        """
+        started = time.perf_counter()
+        outcome = "cancelled"
+        self._metrics.run_started(run.model)
+        first = True
+        usage: Usage | None = None
+        finish_reason: str | None = None
+        error: GatewayError | None = None
+        try:
+            async with asyncio.timeout(run.deadline_s) as deadline:
+                events = cast("AsyncGenerator[RunEvent, None]", executor.execute(run))
+                async with aclosing(events):
+                    async for event in events:
+                        if first:
+                            first = False
+                            self._metrics.first_token(run.model, time.perf_counter() - started)
+                        if isinstance(event, RunFinished | RelayEnded | RelayedBody):
+                            usage, finish_reason = event.usage, event.finish_reason
+                        await sink(event)
+            outcome = "success"
+        except TimeoutError as cause:
+            if not deadline.expired():
+                raise
+            error = RunTimedOut(
+                f"The run passed its limit of {run.deadline_s:g} s. Ask for less, or raise the agent's 'timeout_s' or "
+                "GATEWAY_RUN_TIMEOUT_S."
+            )
+            outcome = "failure"
+            raise error from cause
+        except GatewayError as failure:
+            error, outcome = failure, "failure"
+            raise
+        except Exception:
+            outcome = "failure"
+            raise
+        finally:
+            seconds = time.perf_counter() - started
+            self._metrics.run_finished(run.model, run.streamed, outcome, seconds)
+            if usage is not None:
+                self._metrics.tokens(run.model, usage.input_tokens, usage.output_tokens)
+            log_event(
+                _log,
+                "run.finished",
+                level=logging.INFO if error is None else logging.WARNING,
+                run_id=run.id.hex,
+                model=run.model,
+                key_id=run.principal.key_id,
+                streamed=run.streamed,
+                outcome=outcome,
+                finish_reason=finish_reason,
+                error_code=error.code if error else None,
+                input_tokens=usage.input_tokens if usage else None,
+                output_tokens=usage.output_tokens if usage else None,
+                usage_estimated=usage.estimated if usage else None,
+                duration_ms=round(seconds * 1000, 2),
+            )

@@ -1,0 +1,45 @@
+"""Snapshot: the frozen view of everything that can be reloaded; one holder swaps it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gateway.registry.registry import Registry
+from gateway.security.keys import Keyring
+from gateway.upstreams.table import UpstreamTable
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a request sees from admission to its last byte; ``version`` grows by one with each swap."""
+
+    version: int
+    registry: Registry
+    upstreams: UpstreamTable
+    keyring: Keyring
+
+
+class SnapshotHolder:
+    """Owns the current `Snapshot`. Swapping is atomic on the event loop: no reader needs a lock."""
+
+    def __init__(self, first: Snapshot) -> None:
+        self._current = first
+        self._changed = asyncio.Event()
+
+    @property
+    def current(self) -> Snapshot:
+        """The snapshot for a request that starts now."""
+        return self._current
+
+    def swap(self, **changes: Any) -> Snapshot:
+        """Replace parts of the snapshot (``registry=…``, ``upstreams=…``, ``keyring=…``) and wake whoever waits."""
+        self._current = replace(self._current, version=self._current.version + 1, **changes)
+        self._changed.set()
+        self._changed = asyncio.Event()
+        return self._current
+
+    async def wait_for_change(self) -> None:
+        """Return at the next swap."""
+        await self._changed.wait()
