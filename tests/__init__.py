@@ -1,0 +1,1 @@
+"""The tests, importable as `tests.support…` from the repository's root."""
