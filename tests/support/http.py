@@ -1,0 +1,116 @@
+"""A plain HTTP client for tests: exact bytes out, exact bytes in, events of a stream as they arrive."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Response:
+    """A whole answer; header names are lower-case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        """Decode the body."""
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error object of a refusal."""
+        error: dict[str, Any] = self.json()["error"]
+        return error
+
+
+@dataclass(frozen=True)
+class Stream:
+    """An open answer. ``lines`` yields each line of the body without its end, as soon as it is there."""
+
+    status: int
+    headers: Mapping[str, str]
+    raw: http.client.HTTPResponse
+    connection: http.client.HTTPConnection
+
+    def lines(self) -> Iterator[str]:
+        """Yield lines until the server ends the body."""
+        while line := self.raw.readline():
+            yield line.decode().rstrip("\r\n")
+
+    def data(self) -> Iterator[str]:
+        """Yield the payload of each ``data:`` line."""
+        for line in self.lines():
+            if line.startswith("data:"):
+                yield line.removeprefix("data:").strip()
+
+    def chunks(self) -> Iterator[dict[str, Any]]:
+        """Yield decoded events; ends at ``[DONE]``."""
+        for data in self.data():
+            if data == "[DONE]":
+                return
+            yield json.loads(data)
+
+
+class HttpClient:
+    """Talks to one server on loopback; every call is a connection of its own."""
+
+    def __init__(self, port: int, *, key: str | None = None) -> None:
+        self.port = port
+        self.key = key
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        json_body: Any = None,
+        body: bytes | None = None,
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = 30.0,
+    ) -> Response:
+        """Send one request and read the whole answer. ``key=""`` sends none."""
+        with self.stream(
+            method, path, json_body=json_body, body=body, key=key, headers=headers, timeout_s=timeout_s
+        ) as stream:
+            return Response(stream.status, stream.headers, stream.raw.read())
+
+    def get(self, path: str, **options: Any) -> Response:
+        """GET ``path``."""
+        return self.request("GET", path, **options)
+
+    def post(self, path: str, json_body: Any = None, **options: Any) -> Response:
+        """POST ``json_body``."""
+        return self.request("POST", path, json_body=json_body, **options)
+
+    @contextmanager
+    def stream(
+        self,
+        method: str,
+        path: str,
+        *,
+        json_body: Any = None,
+        body: bytes | None = None,
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = 30.0,
+    ) -> Iterator[Stream]:
+        """Send one request and hand out the answer while it arrives; leaving the block closes the socket."""
+        sent = {"connection": "close"}
+        shown = self.key if key is None else key
+        if shown:
+            sent["authorization"] = f"Bearer {shown}"
+        if json_body is not None:
+            body = json.dumps(json_body).encode()
+        if body is not None:
+            sent["content-type"] = "application/json"
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)) as connection:
+            connection.request(method, path, body=body, headers=sent | dict(headers or {}))
+            with closing(connection.getresponse()) as raw:
+                yield Stream(raw.status, {k.lower(): v for k, v in raw.getheaders()}, raw, connection)

@@ -1,0 +1,187 @@
+"""The real gateway as a child process on a socket: started, waited for, read, stopped without leftovers."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.support.http import HttpClient
+from tests.support.waiting import wait_for
+
+ROOT = Path(__file__).parents[2]
+UVICORN = ("-m", "uvicorn", "api.main:app", "--host", "127.0.0.1", "--no-access-log", "--port")
+
+
+class Gateway(HttpClient):
+    """A running gateway. ``agents`` is its drop-in folder, ``home`` holds its configuration and its log."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, home: Path, key: str | None) -> None:
+        super().__init__(port, key=key)
+        self.process = process
+        self.home = home
+        self.agents = home / "agents"
+        self.url = f"http://127.0.0.1:{port}"
+
+    def log_text(self) -> str:
+        """Everything the process has written so far."""
+        return (self.home / "gateway.log").read_text(encoding="utf-8", errors="replace")
+
+    def log_lines(self) -> list[dict[str, Any]]:
+        """The log's JSON lines; fails on a line that is not JSON."""
+        return [json.loads(line) for line in self.log_text().splitlines() if line.strip()]
+
+    def log_events(self, event: str) -> list[dict[str, Any]]:
+        """The log lines of one event."""
+        return [line for line in self.log_lines() if line.get("event") == event]
+
+    def listing(self) -> dict[str, dict[str, Any]]:
+        """``GET /agents`` by qualified name."""
+        answer = self.get("/agents")
+        assert answer.status == 200, answer.body
+        return {entry["qualified_name"]: entry for entry in answer.json()}
+
+    def model_ids(self, **options: Any) -> set[str]:
+        """The ids of ``GET /v1/models``."""
+        answer = self.get("/v1/models", **options)
+        assert answer.status == 200, answer.body
+        return {model["id"] for model in answer.json()["data"]}
+
+    def rss_mb(self) -> float:
+        """Resident memory of the serving process."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
+        return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmRSS:"))
+
+
+class StartFailed(Exception):
+    """The process ended before it served; the text is its log."""
+
+
+@contextmanager
+def running_gateway(
+    home: Path,
+    *,
+    env: Mapping[str, str] | None = None,
+    key: str | None = None,
+    command: Sequence[str] = UVICORN,
+    cwd: Path | None = None,
+    ready: str | None = "/readyz",
+    timeout_s: float = 40.0,
+) -> Iterator[Gateway]:
+    """Start a gateway whose drop-in folder is ``home/agents``; stop it and everything it started on leaving.
+
+    ``command`` is what follows ``python``; the port is appended. ``ready`` is the path that must answer 200 first;
+    None waits only until the port accepts. Raises `StartFailed` when the process ends instead.
+    """
+    (home / "agents").mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    with (home / "gateway.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, *command, str(port)],
+            cwd=cwd or home,
+            env=_environment(home, env or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    gateway = Gateway(process, port, home, key)
+    try:
+        wait_for(lambda: _serves(gateway, ready), timeout_s=timeout_s, what=f"the gateway serves {ready or 'its port'}")
+        yield gateway
+    finally:
+        stop(process)
+
+
+def stop(process: subprocess.Popen[bytes], *, timeout_s: float = 15.0) -> None:
+    """End a process and every descendant; fail if it did not go by itself."""
+    family = descendants(process.pid)
+    graceful = True
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            graceful = False
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    left = [pid for pid in family if _alive(pid)]
+    try:
+        wait_for(lambda: not [pid for pid in left if _alive(pid)], timeout_s=5.0, what="the gateway's children are gone")
+    finally:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+    assert graceful, f"the gateway did not stop within {timeout_s:g} s of SIGTERM"
+
+
+def descendants(pid: int) -> list[int]:
+    """Every process below ``pid``."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                fields = (entry / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+                parents.setdefault(int(fields[1]), []).append(int(entry.name))
+    found, queue = [], [pid]
+    while queue:
+        children = parents.get(queue.pop(), [])
+        found += children
+        queue += children
+    return found
+
+
+def free_port() -> int:
+    """A port nobody listens on, outside the range that outgoing connections take theirs from."""
+    while True:
+        port = random.randrange(18_000, 31_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def _environment(home: Path, extra: Mapping[str, str]) -> dict[str, str]:
+    inherited = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR", "SYSTEMROOT") if name in os.environ}
+    coverage = {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
+    own = {
+        "HOME": str(home),
+        "PYTHONPATH": str(ROOT / "src"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "GATEWAY_AGENT_DISCOVERY_PATH": str(home / "agents"),
+        "GATEWAY_STATE_DIR": str(home / "state"),
+    }
+    for name in ("upstreams", "security", "agents"):
+        if (home / f"{name}.yaml").is_file():
+            own[f"GATEWAY_{name.rstrip('s').upper()}_CONFIG"] = str(home / f"{name}.yaml")
+    return inherited | coverage | own | dict(extra)
+
+
+def _serves(gateway: Gateway, path: str | None) -> bool:
+    if gateway.process.poll() is not None:
+        raise StartFailed(gateway.log_text())
+    try:
+        if path is None:
+            with socket.create_connection(("127.0.0.1", gateway.port), 1):
+                return True
+        return gateway.get(path, timeout_s=5).status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
