@@ -1,0 +1,161 @@
+"""`gateway dev`: one gateway process on this machine, which reloads agents as they change and says how to call them."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import errno
+import importlib.util
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import replace
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from api.main import create_app
+from gateway.config import Settings
+from gateway_cli.banner import render_banner
+from gateway_cli.client import get_json
+from gateway_cli.credentials import find_key
+from gateway_cli.errors import CliError
+from gateway_cli.settings import read_settings
+from gateway_cli.state import announce, find_running
+
+_POLL_S = 0.05
+_GRACE_S = 5
+_IN_USE = (errno.EADDRINUSE, getattr(errno, "WSAEADDRINUSE", errno.EADDRINUSE))
+_Message = MutableMapping[str, Any]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until a signal; return 0 after one, 1 when start-up fails."""
+    settings = read_settings(arguments.path)
+    if not settings.is_development:
+        raise CliError(
+            "`gateway dev` is for development and GATEWAY_ENV says production; unset it, or run `uvicorn api.main:app`."
+        )
+    settings = replace(
+        settings,
+        host=arguments.host or settings.host,
+        port=settings.port if arguments.port is None else arguments.port,
+        agent_auto_reload=not arguments.no_watch,
+    )
+    listener = _listen(settings)
+    signal.signal(signal.SIGTERM, _leave)
+    try:
+        return _serve(settings, listener)
+    except (KeyboardInterrupt, SystemExit):
+        return 0
+    finally:
+        listener.close()
+
+
+class _Startup:
+    """The application, with its start-up refusal kept so that the command says it in its own words."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._app = create_app(settings)
+        self.refusal: str | None = None
+
+    async def __call__(
+        self,
+        scope: _Message,
+        receive: Callable[[], Awaitable[_Message]],
+        send: Callable[[_Message], Awaitable[None]],
+    ) -> None:
+        if scope["type"] != "lifespan":
+            await self._app(scope, receive, send)  # type: ignore[arg-type]
+            return
+
+        async def note_refusal(message: _Message) -> None:
+            if message["type"] == "lifespan.startup.failed":
+                self.refusal = message.get("message") or "The gateway did not start."
+                logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+            await send(message)
+
+        await self._app(scope, receive, note_refusal)  # type: ignore[arg-type]
+
+
+def _serve(settings: Settings, listener: socket.socket) -> int:
+    app = _Startup(settings)
+    config = uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        loop="uvloop" if importlib.util.find_spec("uvloop") else "asyncio",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=_GRACE_S,
+    )
+    server = uvicorn.Server(config)
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(_run_server(server, settings, listener))
+    if app.refusal is not None:
+        raise CliError(app.refusal.rstrip())
+    return 0 if server.started else 1
+
+
+async def _run_server(server: uvicorn.Server, settings: Settings, listener: socket.socket) -> None:
+    host, port = listener.getsockname()[:2]
+    url = f"http://{_address(host)}:{port}"
+    greeting = asyncio.create_task(_greet(server, settings, url))
+    try:
+        with announce(settings, url):
+            await server.serve(sockets=[listener])
+    finally:
+        greeting.cancel()
+        await asyncio.gather(greeting, return_exceptions=True)
+
+
+async def _greet(server: uvicorn.Server, settings: Settings, url: str) -> None:
+    """Print the banner once the first load is through."""
+    while not server.started or (await _status(url, "/readyz")) != 200:  # noqa: ASYNC110 - asked over HTTP, as a user would
+        await asyncio.sleep(_POLL_S)
+    key = await asyncio.to_thread(find_key, settings, url)
+    status, answer = await asyncio.to_thread(get_json, url, "/v1/models", key)
+    models = [(item["id"], item.get("description") or "") for item in answer["data"]] if status == 200 else []
+    print(render_banner(settings, url, key, models), flush=True)
+
+
+async def _status(url: str, path: str) -> int | None:
+    try:
+        return (await asyncio.to_thread(get_json, url, path, None))[0]
+    except OSError:
+        return None
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """Bind before anything is loaded, so that a port in use is said at once."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        running = find_running(settings)
+        holder = (
+            f" by the gateway with pid {running.pid}" if running and running.url.endswith(f":{settings.port}") else ""
+        )
+        if error.errno in _IN_USE:
+            raise CliError(
+                f"Port {settings.port} on {settings.host} is in use{holder}; stop that, or choose another with --port."
+            ) from error
+        raise CliError(f"Cannot listen on {settings.host}:{settings.port}: {error.strerror or error}.") from error
+
+
+def _address(host: str) -> str:
+    """Return the host part of a URL that reaches a server listening on ``host`` from this machine."""
+    if host in ("0.0.0.0", "::"):
+        return "127.0.0.1" if host == "0.0.0.0" else "[::1]"
+    return f"[{host}]" if ":" in host else host
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    sys.exit(0)
