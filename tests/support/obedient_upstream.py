@@ -15,7 +15,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +35,11 @@ class Call:
     finished: threading.Event = field(default_factory=threading.Event)
     started: threading.Event = field(default_factory=threading.Event)
     hung_up_at: float = 0.0
+    let_go: Callable[[], None] = lambda: None
+
+    def release(self) -> None:
+        """Let an answer go on that ``hold=N`` has stopped."""
+        self.let_go()
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -58,7 +63,6 @@ class ObedientUpstream:
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
-        self.released = threading.Event()
         self._numbers = itertools.count(1)
         self._loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -136,9 +140,10 @@ class ObedientUpstream:
             models = {"object": "list", "data": [{"id": "m", "object": "model", "created": 1, "owned_by": "tests"}]}
             await _send(writer, _whole(dump(models)))
             return True
-        call = Call(path, headers, json.loads(raw))
+        gate = asyncio.Event()
+        call = Call(path, headers, json.loads(raw), let_go=lambda: self._loop.call_soon_threadsafe(gate.set) and None)
         self.calls.append(call)
-        answer = asyncio.ensure_future(self._answer(call, writer))
+        answer = asyncio.ensure_future(self._answer(call, gate, writer))
         leaving = asyncio.ensure_future(_closed(reader))
         done, _ = await asyncio.wait({answer, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if answer not in done:
@@ -153,7 +158,7 @@ class ObedientUpstream:
         call.finished.set()
         return reusable
 
-    async def _answer(self, call: Call, writer: asyncio.StreamWriter) -> bool:
+    async def _answer(self, call: Call, gate: asyncio.Event, writer: asyncio.StreamWriter) -> bool:
         turn, number = read_turn(call.body), next(self._numbers)
         await asyncio.sleep(turn.seconds("wait"))
         call.started.set()
@@ -162,22 +167,27 @@ class ObedientUpstream:
         if turn.fault in _WHOLE_FAULTS:
             return await _WHOLE_FAULTS[turn.fault](writer, turn)
         if call.body.get("stream"):
-            return await self._stream(call, turn, number, writer)
+            return await self._stream(call, gate, turn, number, writer)
         body = dump(completion(call.body, turn, number))
         if turn.fault == "cut":
             await _send(writer, _whole(body)[: -len(body) // 2])
             return False
         if turn.fault == "nofinish":
             body = body.replace(b'"finish_reason":"stop"', b'"finish_reason":null')
-        await self._hold(turn, 0)
+        if turn.options.get("hold"):
+            await gate.wait()
         await _send(writer, _whole(body))
         return True
 
-    async def _stream(self, call: Call, turn: Turn, number: int, writer: asyncio.StreamWriter) -> bool:
+    async def _stream(
+        self, call: Call, gate: asyncio.Event, turn: Turn, number: int, writer: asyncio.StreamWriter
+    ) -> bool:
         await _send(writer, b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+        hold = int(turn.options.get("hold", -1))
         strike = int(turn.options.get("at", 2)) if turn.fault else -1
         for index, chunk in enumerate(chunks(call.body, turn, number)):
-            await self._hold(turn, index)
+            if index == hold:
+                await gate.wait()
             if index == strike and turn.fault in _EVENTS:
                 await _send(writer, _framed(_EVENTS[turn.fault]))
                 if turn.fault in ("errorobject", "notjson", "badutf8event"):
@@ -203,11 +213,6 @@ class ObedientUpstream:
             return True
         await _send(writer, _framed(b"data: [DONE]\n\n") + b"0\r\n\r\n")
         return True
-
-    async def _hold(self, turn: Turn, index: int) -> None:
-        if index == int(turn.options.get("hold", -1)):
-            while not self.released.is_set():
-                await asyncio.sleep(0.01)
 
 
 @contextmanager
@@ -320,7 +325,7 @@ _WHOLE_FAULTS = {
 """Faults that replace the whole answer, streamed or not."""
 
 _EVENTS = {
-    "errorobject": b'data: {"error": {"message": "canary-upstream-overload", "type": "server_error", "code": null}}\n\n',
+    "errorobject": b'data: {"error": {"message": "canary-overload", "type": "server_error", "code": null}}\n\n',
     "notjson": b"data: {this is not json}\n\n",
     "badutf8event": b'data: {"id": "\xff\xfe"}\n\n',
     "foreignkeys": (

@@ -10,8 +10,8 @@ conversations at once and keeps no state. A turn is::
 
 A line ``word> …`` is played only for a request whose system prompt contains ``word`` (``judge> say {…}``).
 Options: ``delay=S`` between chunks, ``wait=S`` before the answer, ``finish=REASON``, ``usage=none``, ``hold=N`` (stop
-after N chunks until released), ``status=CODE``, ``code=…``, ``retry=…``, ``fault=NAME`` and ``at=N`` (the chunk at which
-the fault strikes).
+after N chunks until released), ``status=CODE``, ``code=…``, ``retry=…``, ``fault=NAME`` and ``at=N`` (the chunk at
+which the fault strikes).
 """
 
 from __future__ import annotations

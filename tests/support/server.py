@@ -118,7 +118,7 @@ def stop(process: subprocess.Popen[bytes], *, timeout_s: float = 15.0) -> None:
     process.wait()
     left = [pid for pid in family if _alive(pid)]
     try:
-        wait_for(lambda: not [pid for pid in left if _alive(pid)], timeout_s=5.0, what="the gateway's children are gone")
+        wait_for(lambda: not any(map(_alive, left)), timeout_s=5.0, what="the gateway's children are gone")
     finally:
         for pid in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
