@@ -36,6 +36,8 @@ def caller(scope: AsgiScope, headers: Mapping[str, str]) -> Caller:
         host=headers.get("host"),
         peer=client[0] if client else None,
         forwarded=any(name in headers for name in _FORWARDED),
+        origin=headers.get("origin"),
+        fetch_site=headers.get("sec-fetch-site"),
     )
 
 

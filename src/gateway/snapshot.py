@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gateway.registry.registry import Registry
@@ -19,6 +19,8 @@ class Snapshot:
     registry: Registry
     upstreams: UpstreamTable
     keyring: Keyring
+    derived: dict[Any, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Answers that follow from this snapshot alone, such as model lists: made once, gone with it."""
 
 
 class SnapshotHolder:
