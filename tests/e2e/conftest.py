@@ -56,9 +56,13 @@ def gateway(tmp_path_factory: pytest.TempPathFactory, upstream: ObedientUpstream
     furnish(home, upstream.url)
     for name in SHARED:
         drop(name, home / "agents")
-    hasty = '__gateway__ = {"upstream": "hasty"}\n'
-    write_agent(home / "agents", "Hasty", "You are hasty.", extra=hasty)
-    write_agent(home / "agents", "Gone", "You are gone.", extra='__gateway__ = {"upstream": "gone"}\n')
+    for name, settings in {
+        "Hasty": {"upstream": "hasty"},
+        "Gone": {"upstream": "gone"},
+        "Refusing": {"client_tools": "refuse"},
+        "Ignoring": {"client_tools": "ignore"},
+    }.items():
+        write_agent(home / "agents", name, f"You are {name.lower()}.", extra=f"__gateway__ = {settings!r}\n")
     env = {"GATEWAY_STREAM_PING_S": "0.25", "GATEWAY_REQUEST_BODY_LIMIT_BYTES": "1000000"}
     with running_gateway(home, env=env, key=ADMIN) as server:
         yield server

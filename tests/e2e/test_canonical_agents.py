@@ -255,7 +255,7 @@ def test_a_failing_tool_is_told_to_the_model_without_detail_to_the_client(
 
 
 def test_unknown_tool_and_too_many_turns(client: OpenAI, upstream: ObedientUpstream) -> None:
-    endless = " ;; ".join(["call get_weather {\"city\":\"Loop\"}"] * 30)
+    endless = " ;; ".join(['call get_weather {"city":"Loop"}'] * 30)
     answer = client.chat.completions.create(
         model="default/weatheragent", messages=[{"role": "user", "content": endless}]
     )
@@ -312,7 +312,12 @@ def test_history_with_tool_calls_and_images_is_translated(client: OpenAI, upstre
 
 
 def test_response_format_of_the_request_reaches_the_upstream(client: OpenAI, upstream: ObedientUpstream) -> None:
-    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer"}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
     answer = ask(
         client,
         "default/weatheragent",

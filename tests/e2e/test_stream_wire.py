@@ -165,11 +165,12 @@ def test_missing_done_after_a_finish_reason_is_a_finished_answer(gateway: Gatewa
 
 def test_pace_of_the_tokens_is_kept(gateway: Gateway) -> None:
     for model in MODELS:
-        seen = []
         request = body(model, "[delay=0.05] say a b c d e f g h")
         with gateway.stream("POST", "/v1/chat/completions", json_body=request) as stream:
-            for chunk in stream.chunks():
-                if chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
-                    seen.append(time.monotonic())
+            seen = [
+                time.monotonic()
+                for chunk in stream.chunks()
+                if chunk["choices"] and chunk["choices"][0]["delta"].get("content")
+            ]
         assert len(seen) == 8
         assert seen[-1] - seen[0] > 0.2, "tokens arrived in one heap"

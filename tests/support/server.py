@@ -38,8 +38,8 @@ class Gateway(HttpClient):
         return (self.home / "gateway.log").read_text(encoding="utf-8", errors="replace")
 
     def log_lines(self) -> list[dict[str, Any]]:
-        """The log's JSON lines; fails on a line that is not JSON."""
-        return [json.loads(line) for line in self.log_text().splitlines() if line.strip()]
+        """The log's JSON lines. The server's own greeting, written before the product is asked, is none."""
+        return [json.loads(line) for line in self.log_text().splitlines() if line.startswith("{")]
 
     def log_events(self, event: str) -> list[dict[str, Any]]:
         """The log lines of one event."""

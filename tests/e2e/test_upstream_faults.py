@@ -1,0 +1,177 @@
+"""Every fault of an upstream, through an agent and through a raw model, plain and streamed: never a success."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+from openai import OpenAI
+
+from tests.support.house import UPSTREAM_KEY
+from tests.support.obedient_upstream import ObedientUpstream
+from tests.support.schema import assert_error
+from tests.support.server import Gateway
+
+AGENT, RAW = "default/weatheragent", "local/test-model"
+
+FAULTS: dict[str, tuple[int, str | None]] = {
+    "[status=400 param=temperature code=bad_thing] say Your temperature is wrong": (400, "bad_thing"),
+    "[status=400 param=messages code=context_length_exceeded] say Too long": (400, "context_length_exceeded"),
+    "[status=401] say canary": (502, "upstream_auth_error"),
+    "[status=403] say canary": (502, "upstream_auth_error"),
+    "[status=404] say canary": (502, "upstream_model_not_found"),
+    "[status=413] say canary": (413, None),
+    "[status=429 retry=7] say canary": (429, "rate_limit_exceeded"),
+    "[status=500] say canary": (502, "upstream_error"),
+    "[status=502] say canary": (502, "upstream_error"),
+    "[status=503] say canary": (503, "upstream_unavailable"),
+    "[status=504] say canary": (502, "upstream_error"),
+    "[fault=resetnow] say x": (502, "upstream_unreachable"),
+    "[fault=closenow] say x": (502, "upstream_unreachable"),
+    "[fault=html] say x": (502, "upstream_malformed"),
+    "[fault=empty] say x": (502, None),
+    "[fault=badjson] say x": (502, None),
+    "[fault=badutf8] say x": (502, "upstream_malformed"),
+    "[fault=gzip] say x": (502, "upstream_malformed"),
+    "[fault=redirect] say x": (502, "upstream_error"),
+    "[fault=cut] say one two three four": (502, "upstream_incomplete"),
+    "[fault=nofinish] say one two three four": (502, "upstream_incomplete"),
+}
+"""The first turn of a conversation, and what the client of an *unstreamed* call sees."""
+
+BEFORE_ANY_TOKEN = [script for script in FAULTS if "fault=cut" not in script and "nofinish" not in script]
+
+
+def ask(gateway: Gateway, model: str, text: str, *, streamed: bool = False, **options: Any) -> Any:
+    request = {"model": model, "stream": streamed, "messages": [{"role": "user", "content": text}]}
+    return gateway.post("/v1/chat/completions", request, **options)
+
+
+@pytest.mark.parametrize("model", [AGENT, RAW])
+@pytest.mark.parametrize("script", FAULTS)
+def test_plain(gateway: Gateway, model: str, script: str) -> None:
+    status, code = FAULTS[script]
+    answer = ask(gateway, model, script)
+    assert answer.status == status, answer.body
+    assert_error(answer.json())
+    if code:
+        assert answer.error["code"] == code
+    assert_says_nothing_of_the_inside(gateway, answer.body.decode())
+    if status == 429:
+        assert answer.headers["retry-after"] == "7"
+        assert answer.error["type"] == "rate_limit_error"
+
+
+@pytest.mark.parametrize("model", [AGENT, RAW])
+@pytest.mark.parametrize("script", BEFORE_ANY_TOKEN)
+def test_streamed_before_any_token(gateway: Gateway, model: str, script: str) -> None:
+    status, code = FAULTS[script]
+    answer = ask(gateway, model, script, streamed=True)
+    assert answer.status == status, answer.body
+    assert answer.headers["content-type"] == "application/json"
+    assert_error(answer.json())
+    if code:
+        assert answer.error["code"] == code
+    assert_says_nothing_of_the_inside(gateway, answer.body.decode())
+
+
+def test_the_upstreams_word_about_the_clients_own_field_is_passed_on(gateway: Gateway) -> None:
+    script = "[status=400 param=temperature code=bad_thing] say Your temperature is wrong"
+    for model in (AGENT, RAW):
+        answer = ask(gateway, model, script)
+        assert "Your temperature is wrong" in answer.error["message"]
+        assert answer.error["param"] == "temperature"
+
+
+@pytest.mark.parametrize("model", ["default/gone", "gone/gone-model"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_refused_connection(gateway: Gateway, model: str, streamed: bool) -> None:
+    answer = ask(gateway, model, "say x", streamed=streamed)
+    assert (answer.status, answer.error["code"]) == (502, "upstream_unreachable")
+    assert_error(answer.json())
+    assert_says_nothing_of_the_inside(gateway, answer.body.decode())
+
+
+@pytest.mark.parametrize("model", ["default/hasty", "hasty/hasty-model"])
+def test_an_upstream_that_never_answers_is_given_up_in_time(gateway: Gateway, model: str) -> None:
+    started = time.monotonic()
+    answer = ask(gateway, model, "[fault=hang] say x")
+    assert (answer.status, answer.error["code"]) == (504, "upstream_timeout")
+    assert time.monotonic() - started < 3
+    assert_error(answer.json())
+
+
+@pytest.mark.parametrize("model", ["default/hasty", "hasty/hasty-model"])
+@pytest.mark.parametrize("fault", ["stall", "comments"])
+def test_a_stream_that_stops_or_only_comments_is_given_up_in_time(gateway: Gateway, model: str, fault: str) -> None:
+    started = time.monotonic()
+    answer = ask(gateway, model, f"[fault={fault} at=3] say one two three four", streamed=True)
+    assert time.monotonic() - started < 4
+    events = [line[6:] for line in answer.body.decode().splitlines() if line.startswith("data: ")]
+    assert events[-1] != "[DONE]"
+    error = json.loads(events[-1])
+    assert_error(error)
+    assert error["error"]["code"] == "upstream_timeout"
+
+
+@pytest.mark.parametrize("model", [AGENT, RAW])
+def test_an_endless_line_is_cut_and_memory_stays(gateway: Gateway, model: str) -> None:
+    before = gateway.rss_mb()
+    answer = ask(gateway, model, "[fault=endlessline at=2] say one two three", streamed=True)
+    events = [line[6:] for line in answer.body.decode().splitlines() if line.startswith("data: ")]
+    assert json.loads(events[-1])["error"]["code"] == "upstream_malformed"
+    assert gateway.rss_mb() - before < 60
+
+
+@pytest.mark.parametrize("retry", ["1", "86400", "garbage", "-5"])
+def test_only_a_sane_retry_after_is_passed_on(gateway: Gateway, retry: str) -> None:
+    answer = ask(gateway, RAW, f"[status=429 retry={retry}] say slow down")
+    assert answer.status == 429
+    if "retry-after" in answer.headers:
+        assert 0 <= float(answer.headers["retry-after"]) <= 86400
+    else:
+        assert retry in ("garbage", "-5", "86400")
+
+
+def test_a_fault_in_the_second_turn_of_an_agent_is_an_error_too(gateway: Gateway) -> None:
+    script = 'call get_weather {"city":"Faro"} ;; [status=500] say canary'
+    for streamed in (False, True):
+        answer = ask(gateway, AGENT, script, streamed=streamed)
+        assert answer.status == 502, answer.body
+        assert answer.error["code"] == "upstream_error"
+
+
+def test_the_upstream_is_asked_once_not_three_times(gateway: Gateway, upstream: ObedientUpstream) -> None:
+    for model in (AGENT, RAW):
+        ask(gateway, model, f"[status=500] say asked once {model}")
+        assert len(upstream.find(f"asked once {model}")) == 1
+
+
+def test_other_requests_are_unharmed_while_upstreams_fail(
+    gateway: Gateway, client: OpenAI, upstream: ObedientUpstream
+) -> None:
+    request = {
+        "model": AGENT,
+        "stream": True,
+        "messages": [{"role": "user", "content": "[hold=3] say one two three unharmed"}],
+    }
+    with gateway.stream("POST", "/v1/chat/completions", json_body=request) as stream:
+        chunks = stream.chunks()
+        next(chunks)
+        for script in ("[fault=resetnow] say x", "[fault=html] say x", "[fault=cut] say one two", "[status=500] say x"):
+            ask(gateway, AGENT, script)
+            ask(gateway, RAW, script, streamed=True)
+        upstream.find("three unharmed")[-1].release()
+        rest = list(chunks)
+    assert "unharmed" in json.dumps(rest)
+    assert rest[-1]["choices"][0]["finish_reason"] == "stop"
+    answer = client.chat.completions.create(model=AGENT, messages=[{"role": "user", "content": "say still well"}])
+    assert answer.choices[0].message.content == "still well"
+
+
+def assert_says_nothing_of_the_inside(gateway: Gateway, text: str) -> None:
+    """No key, stack, server path or header of the upstream, and no word of its own failures."""
+    for secret in (UPSTREAM_KEY, "canary", "Traceback", "site-packages", ".py", str(gateway.home), "127.0.0.1"):
+        assert secret not in text, f"{secret!r} leaks: {text}"
