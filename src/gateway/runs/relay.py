@@ -1,0 +1,203 @@
+"""Relay: the executor of a raw upstream model; what the client sent goes out, what the upstream says comes back.
+
+The upstream's body is rebuilt from the top-level slices that were judged, with the upstream's own model name; unknown
+request fields pass. Answers are never re-modelled: they are cut at the top level only, to put the gateway's model id
+in and keys that no client knows out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from msgspec import Raw, Struct
+
+from gateway.chat import RelayRequest
+from gateway.errors import GatewayError, UpstreamMalformed
+from gateway.events import RelayedBody, RelayedChunk, RelayEnded, RunEvent, Usage
+from gateway.run import Run
+from gateway.upstreams.table import ModelBinding
+
+CHUNK_KEYS = frozenset(
+    {
+        "id",
+        "object",
+        "created",
+        "model",
+        "choices",
+        "usage",
+        "service_tier",
+        "system_fingerprint",
+        "obfuscation",
+        "moderation",
+    }
+)
+"""Official top-level keys of a chat completion chunk."""
+
+
+class RelayExecutor:
+    """Relays one chat request to one upstream model.
+
+    ``passthrough_keys`` are further top-level chunk keys that reach the client; default: those of the upstream.
+    """
+
+    def __init__(self, binding: ModelBinding, passthrough_keys: Iterable[str] | None = None) -> None:
+        self._binding = binding
+        extra = binding.upstream.config.passthrough_keys if passthrough_keys is None else passthrough_keys
+        self._keys = CHUNK_KEYS.union(extra) - {"error"}
+
+    async def execute(self, run: Run) -> AsyncIterator[RunEvent]:
+        """Yield chunks and `RelayEnded`, or one `RelayedBody`."""
+        request = run.request
+        if not isinstance(request, RelayRequest):
+            raise GatewayError("A raw upstream model serves relayed requests only.")
+        upstream = self._binding.upstream
+        body = self._body(request, run.streamed)
+        if not run.streamed:
+            yield _relayed_body(await upstream.chat(body, request_id=run.request_id), run.model, upstream.name)
+            return
+        cutter = _ChunkCutter(run.model, upstream.name, self._keys, request.include_usage)
+        async with aclosing(upstream.chat_stream(body, request_id=run.request_id)) as chunks:
+            async for data in chunks:
+                chunk = cutter.cut(data)
+                if chunk is not None:
+                    yield RelayedChunk(chunk)
+        last = cutter.usage_chunk()
+        if last is not None:
+            yield RelayedChunk(last)
+        yield RelayEnded(cutter.finish_reason, cutter.usage)
+
+    def _body(self, request: RelayRequest, streamed: bool) -> bytes:
+        fields: dict[str, Any] = {str(name): raw for name, raw in request.fields.items()}
+        fields["model"] = self._binding.model
+        if streamed:
+            # The usage numbers are wanted here in any case; a client that did not ask never sees the chunk.
+            given = fields.get("stream_options")
+            options = msgspec.json.decode(given) if isinstance(given, Raw) else None
+            fields["stream"] = True
+            fields["stream_options"] = {**(options or {}), "include_usage": True}
+        else:
+            fields.pop("stream", None)
+            fields.pop("stream_options", None)
+        return msgspec.json.encode(fields)
+
+
+class _Details(Struct):
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+
+
+class _Tokens(Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
+    completion_tokens_details: _Details | None = None
+
+
+class _Choice(Struct):
+    finish_reason: str | None = None
+
+
+_NULL = Raw(b"null")
+_TOKENS = msgspec.json.Decoder(_Tokens | None)
+_CHOICES = msgspec.json.Decoder(list[_Choice] | None)
+_FIELDS = msgspec.json.Decoder(dict[str, Raw])
+
+
+class _ChunkCutter:
+    """Makes the chunks of one stream presentable, and keeps what they say about usage and the end."""
+
+    def __init__(self, model: str, upstream: str, keys: frozenset[str], include_usage: bool) -> None:
+        self._model = Raw(msgspec.json.encode(model))
+        self._upstream = upstream
+        self._keys = keys
+        self._include_usage = include_usage
+        self._usage_sent = False
+        self._raw_usage: Raw | None = None
+        self._frame: dict[str, Raw] = {}
+        self.finish_reason = "stop"
+
+    @property
+    def usage(self) -> Usage | None:
+        """The upstream's own numbers; None if it gave none."""
+        return _usage(self._raw_usage)
+
+    def cut(self, data: bytes) -> bytes | None:
+        """Return the chunk to send, or None for one that only carries what the client did not ask for."""
+        fields = _decode_fields(data, self._upstream)
+        keys = self._keys
+        if not fields.keys() <= keys:
+            fields = {name: raw for name, raw in fields.items() if name in keys}
+        usage = fields.pop("usage", None)
+        if usage is not None and bytes(usage) != b"null":
+            self._raw_usage = Raw(bytes(usage))
+        else:
+            usage = None
+        fields["model"] = self._model
+        raw_choices = fields.get("choices", _NULL)
+        choices = _CHOICES.decode(raw_choices)
+        if not choices:
+            if usage is not None:
+                if not self._include_usage:
+                    return None
+                self._usage_sent = True
+                fields["usage"] = usage
+                return msgspec.json.encode(fields)
+            if "choices" not in fields:
+                # A frame that is no chunk at all (a server's own ping or status).
+                return None
+        else:
+            for choice in choices:
+                if choice.finish_reason:
+                    self.finish_reason = choice.finish_reason
+        if self._include_usage:
+            fields["usage"] = _NULL
+            if not self._frame:
+                self._frame = {name: Raw(bytes(fields[name])) for name in ("id", "object", "created") if name in fields}
+        return msgspec.json.encode(fields)
+
+    def usage_chunk(self) -> bytes | None:
+        """Return the usage chunk that was asked for where the upstream put its numbers elsewhere."""
+        if not self._include_usage or self._usage_sent or self._raw_usage is None:
+            return None
+        return msgspec.json.encode(
+            {**self._frame, "model": self._model, "choices": [], "usage": self._raw_usage}
+        )
+
+
+def _relayed_body(data: bytes, model: str, upstream: str) -> RelayedBody:
+    fields = _decode_fields(data, upstream)
+    choices = _CHOICES.decode(fields.get("choices", _NULL)) or []
+    usage = _usage(fields.get("usage"))
+    reason = choices[0].finish_reason if choices else None
+    fields["model"] = Raw(msgspec.json.encode(model))
+    return RelayedBody(msgspec.json.encode(fields), reason or "stop", usage)
+
+
+def _decode_fields(data: bytes, upstream: str) -> dict[str, Raw]:
+    try:
+        return _FIELDS.decode(data)
+    except msgspec.DecodeError as error:
+        raise UpstreamMalformed(f"The upstream '{upstream}' sent something that is not a JSON object.") from error
+
+
+def _usage(raw: Raw | None) -> Usage | None:
+    """Read the upstream's numbers; a shape nobody knows counts as none."""
+    if raw is None:
+        return None
+    try:
+        tokens = _TOKENS.decode(raw)
+    except msgspec.DecodeError:
+        return None
+    if tokens is None:
+        return None
+    prompt, completion = tokens.prompt_tokens_details, tokens.completion_tokens_details
+    return Usage(
+        input_tokens=tokens.prompt_tokens or 0,
+        output_tokens=tokens.completion_tokens or 0,
+        cached_input_tokens=(prompt.cached_tokens or 0) if prompt else 0,
+        reasoning_tokens=(completion.reasoning_tokens or 0) if completion else 0,
+        requests=1,
+    )

@@ -1,0 +1,1 @@
+"""Upstreams: the servers that have models, how they are configured, found and called."""

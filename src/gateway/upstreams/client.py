@@ -1,0 +1,376 @@
+"""Upstream: one server with models as the rest of the gateway calls it; every failure is a `GatewayError`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Mapping
+from typing import Protocol
+from urllib.parse import urlsplit
+
+import msgspec
+
+from gateway.errors import ConfigError, GatewayError, UpstreamMalformed
+from gateway.observability.logs import log_event
+from gateway.upstreams.config import Api, UpstreamConfig
+from gateway.upstreams.failures import failure_of_status
+from gateway.upstreams.http1 import Exchange, Origin, Transport, open_tls
+from gateway.upstreams.judging import CHAT_PATH, judge_for
+from gateway.upstreams.sse import EventParser, EventTooLarge
+
+_LOG = logging.getLogger(__name__)
+_DONE = b"[DONE]"
+_ERROR_BODY_BYTES = 64 * 1024
+
+
+class UpstreamMetrics(Protocol):
+    """The part of `gateway.observability.metrics.Metrics` that upstream calls feed."""
+
+    def upstream_request(self, upstream: str, status: int | str, seconds: float) -> None:
+        """Record one request; ``status`` is HTTP's, or the word of a failure without one."""
+        ...
+
+
+class EventSource(Protocol):
+    """The answer to a streamed request."""
+
+    async def read(self) -> list[bytes]:
+        """Return the payloads of the next events (at least one); an empty list is the end of the stream."""
+        ...
+
+    def close(self, *, drain: bool = False) -> None:
+        """Release the source; ``drain`` when nothing more is wanted of a stream that said it is done."""
+        ...
+
+
+class Upstream(ABC):
+    """A server with models. Safe to share between requests.
+
+    ``post`` and ``stream`` know what a finished answer is on ``/chat/completions`` and ``/responses``, and raise for
+    one that is cut, empty or malformed. ``request_id`` travels as ``x-request-id``.
+    """
+
+    def __init__(self, config: UpstreamConfig, metrics: UpstreamMetrics | None = None) -> None:
+        self.config = config
+        self.name = config.name
+        self.api: Api = config.api or "chat"
+        self.base_url = config.base_url or ""
+        self._metrics = metrics
+        self._secrets = tuple(s for s in (config.api_key or "", *config.headers.values()) if len(s) >= 8)
+
+    async def post(
+        self, path: str, body: bytes, *, request_id: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> bytes:
+        """Send one JSON request and return the JSON answer."""
+        started = time.perf_counter()
+        status: int | str = "cancelled"
+        try:
+            answer = await self._post(path, body, request_id, headers)
+            judge_for(path, self.name, self._secrets).body(answer)
+            status = 200
+            return answer
+        except GatewayError as error:
+            status = self._failed(path, error, started)
+            raise
+        finally:
+            self._record(status, started)
+
+    async def stream(
+        self, path: str, body: bytes, *, request_id: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield the payload of each event as it comes; ``[DONE]`` is consumed. Closing it closes the socket at once."""
+        started = time.perf_counter()
+        status: int | str = "cancelled"
+        source: EventSource | None = None
+        finished = False
+        try:
+            judge = judge_for(path, self.name, self._secrets)
+            source = await self._open(path, body, request_id, headers)
+            while not finished:
+                events = await source.read()
+                finished = not events
+                for data in events:
+                    if data == _DONE:
+                        finished = True
+                        break
+                    judge.event(data)
+                    yield data
+            judge.end()
+            status = 200
+        except GatewayError as error:
+            finished = False
+            status = self._failed(path, error, started)
+            raise
+        finally:
+            if source is not None:
+                source.close(drain=finished)
+            self._record(status, started)
+
+    async def chat(
+        self, body: bytes, *, request_id: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> bytes:
+        """Return a finished chat completion."""
+        return await self.post(CHAT_PATH, body, request_id=request_id, headers=headers)
+
+    def chat_stream(
+        self, body: bytes, *, request_id: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield chat completion chunks up to the finished end."""
+        return self.stream(CHAT_PATH, body, request_id=request_id, headers=headers)
+
+    def has_hosted_tool(self, kind: str) -> bool:
+        """Whether agents of this upstream may use a hosted tool, by its Responses type (``web_search``, ``mcp`` …)."""
+        if self.api != "responses":
+            return False
+        if self.config.hosted_tools is None:
+            return self.config.provider == "openai"
+        kind = _HOSTED_TOOL_NAMES.get(kind, kind)
+        return any(_HOSTED_TOOL_NAMES.get(known, known) == kind for known in self.config.hosted_tools)
+
+    @abstractmethod
+    async def probe(self) -> None:
+        """Ask the server's ``health_path`` with the key; return if it answers well, else raise a `GatewayError`."""
+
+    @abstractmethod
+    def retire(self) -> None:
+        """Serve on for those who still hold this upstream, but keep nothing open between their calls."""
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Close every connection now; answers that are being read end in an error."""
+
+    @abstractmethod
+    async def _post(self, path: str, body: bytes, request_id: str | None, headers: Mapping[str, str] | None) -> bytes:
+        """Return the raw answer of a successful request."""
+
+    @abstractmethod
+    async def _open(
+        self, path: str, body: bytes, request_id: str | None, headers: Mapping[str, str] | None
+    ) -> EventSource:
+        """Return the events of a successful request."""
+
+    def _failed(self, path: str, error: GatewayError, started: float) -> str:
+        log_event(
+            _LOG,
+            "upstream.request.failed",
+            level=logging.WARNING,
+            message=f"The upstream '{self.name}' failed: {type(error).__name__}",
+            upstream=self.name,
+            host=urlsplit(self.base_url).hostname,
+            path=path,
+            error=type(error).__name__,
+            status=error.status,
+            code=error.code,
+            cause=type(error.__cause__).__name__ if error.__cause__ is not None else None,
+            duration_ms=round((time.perf_counter() - started) * 1000, 1),
+        )
+        word = type(error).code if isinstance(type(error).code, str) else None
+        return (word or f"rejected_{error.status}").removeprefix("upstream_")
+
+    def _record(self, status: int | str, started: float) -> None:
+        if self._metrics is not None:
+            self._metrics.upstream_request(self.name, status, time.perf_counter() - started)
+
+
+class HttpUpstream(Upstream):
+    """An OpenAI-compatible server over HTTP/1.1. Create it inside the event loop that will use it."""
+
+    def __init__(self, config: UpstreamConfig, metrics: UpstreamMetrics | None = None) -> None:
+        super().__init__(config, metrics)
+        parts = urlsplit(self.base_url)
+        host = parts.hostname or ""
+        tls = _tls_of(config) if parts.scheme == "https" else None
+        port = parts.port or (443 if tls is not None else 80)
+        self._transport = Transport(Origin(config.name, host, port, tls), config.timeouts, config.limits)
+        self._prefix = parts.path.rstrip("/")
+        self._query = f"?{parts.query}" if parts.query else ""
+        self._common = _header_block(config, parts.netloc)
+
+    async def probe(self) -> None:
+        head = f"GET {self._prefix}{self.config.health_path}{self._query} HTTP/1.1\r\n".encode("ascii")
+        seconds = self.config.health_timeout_s
+        timeouts = msgspec.structs.replace(
+            self.config.timeouts,
+            connect_s=min(seconds, self.config.timeouts.connect_s),
+            first_byte_s=seconds,
+            total_s=seconds,
+        )
+        exchange = await self._transport.send(
+            head + self._common + b"accept: application/json\r\n\r\n", b"", streamed=False, timeouts=timeouts
+        )
+        try:
+            answer = await self._read_answer(exchange, b"")
+        finally:
+            exchange.close()
+        if not answer.lstrip().startswith((b"{", b"[")):
+            raise UpstreamMalformed(f"The upstream '{self.name}' does not answer {self.config.health_path} with JSON.")
+
+    def retire(self) -> None:
+        self._transport.retire()
+
+    async def aclose(self) -> None:
+        self._transport.abort()
+        await asyncio.sleep(0)  # sockets close in the next turn of the loop
+
+    async def _post(self, path: str, body: bytes, request_id: str | None, headers: Mapping[str, str] | None) -> bytes:
+        head = self._head(path, body, b"accept: application/json\r\n", request_id, headers)
+        exchange = await self._transport.send(head, body, streamed=False)
+        try:
+            return await self._read_answer(exchange, body)
+        finally:
+            exchange.close()
+
+    async def _open(
+        self, path: str, body: bytes, request_id: str | None, headers: Mapping[str, str] | None
+    ) -> EventSource:
+        head = self._head(path, body, b"accept: text/event-stream\r\n", request_id, headers)
+        exchange = await self._transport.send(head, body, streamed=True)
+        try:
+            kind = exchange.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+            if exchange.status == 200 and kind not in (b"application/json", b"text/html"):
+                return _HttpEvents(self.name, exchange)
+            answer = await self._read_answer(exchange, body)
+            if kind == b"application/json":
+                # Some servers answer a streamed request with 200 and a plain error object.
+                judge_for("", self.name, self._secrets).body(answer)
+            shown = kind.decode("latin-1")[:64]
+            raise UpstreamMalformed(
+                f"The upstream '{self.name}' answered a streamed request with {shown} instead of an event stream. See "
+                "whether its base_url is right."
+            )
+        except BaseException:
+            exchange.close()
+            raise
+
+    async def _read_answer(self, exchange: Exchange, asked: bytes) -> bytes:
+        """Return the body of a 2xx answer; raise what any other status means."""
+        good = 200 <= exchange.status < 300
+        limit = exchange.limits.body_bytes if good else _ERROR_BODY_BYTES
+        announced = exchange.headers.get(b"content-length", b"")
+        body = bytearray()
+        try:
+            if announced.isdigit() and int(announced) > limit:
+                raise self._too_large("body", limit)
+            idle_s = exchange.timeouts.idle_s
+            while piece := await exchange.read():
+                body += piece
+                if len(body) > limit:
+                    raise self._too_large("body", limit)
+                exchange.expect(
+                    idle_s, f"sent nothing for {idle_s:g} s in the middle of its answer. Raise timeouts.idle_s of it."
+                )
+        except GatewayError:
+            if good:
+                raise
+            # The status has already said that it failed: a body that is cut or too long does not change that.
+        if good:
+            return bytes(body)
+        raise failure_of_status(
+            self.name, exchange.status, exchange.headers, bytes(body), asked=asked, secrets=self._secrets
+        )
+
+    def _too_large(self, what: str, limit: int) -> UpstreamMalformed:
+        return UpstreamMalformed(
+            f"The upstream '{self.name}' sent an answer of more than {limit} bytes. Raise limits.{what}_bytes of it if "
+            "that is right."
+        )
+
+    def _head(
+        self, path: str, body: bytes, accept: bytes, request_id: str | None, headers: Mapping[str, str] | None
+    ) -> bytes:
+        extra = dict(headers or ())
+        if request_id is not None and request_id.isascii() and request_id.isprintable():
+            extra["x-request-id"] = request_id
+        lines = b"".join([_header(name, value) for name, value in extra.items()])
+        return b"POST %b%b%b HTTP/1.1\r\n%b%b%bcontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % (
+            self._prefix.encode("ascii"),
+            path.encode("ascii"),
+            self._query.encode("ascii"),
+            self._common,
+            accept,
+            lines,
+            len(body),
+        )
+
+
+class _HttpEvents:
+    """The events of one exchange."""
+
+    def __init__(self, upstream: str, exchange: Exchange) -> None:
+        self._upstream = upstream
+        self._exchange = exchange
+        self._parser = EventParser(exchange.limits.event_bytes)
+        self._read_bytes = 0
+        self._any = False
+
+    async def read(self) -> list[bytes]:
+        exchange = self._exchange
+        if self._any:
+            idle_s = exchange.timeouts.idle_s
+            exchange.expect(idle_s, f"sent no event for {idle_s:g} s. Raise timeouts.idle_s of it if it needs longer.")
+        while True:
+            piece = await exchange.read()
+            if not piece:
+                if not self._any and self._parser.strange:
+                    raise UpstreamMalformed(
+                        f"The upstream '{self._upstream}' sent something that is not an event stream. See whether its "
+                        "base_url is right."
+                    )
+                return []
+            self._read_bytes += len(piece)
+            if self._read_bytes > exchange.limits.stream_bytes:
+                raise self._too_large("stream", exchange.limits.stream_bytes)
+            try:
+                events = self._parser.feed(piece)
+            except EventTooLarge as error:
+                raise self._too_large("event", exchange.limits.event_bytes) from error
+            if events:
+                self._any = True
+                exchange.relax()
+                return events
+
+    def close(self, *, drain: bool = False) -> None:
+        self._exchange.close(drain=drain)
+
+    def _too_large(self, what: str, limit: int) -> UpstreamMalformed:
+        thing = "an event" if what == "event" else "a stream"
+        return UpstreamMalformed(
+            f"The upstream '{self._upstream}' sent {thing} of more than {limit} bytes. Raise limits.{what}_bytes of it "
+            "if that is right."
+        )
+
+
+_HOSTED_TOOL_NAMES = {
+    "hosted_mcp": "mcp",
+    "web_search_preview": "web_search",
+    "computer": "computer_use_preview",
+    "computer_use": "computer_use_preview",
+}
+"""Spellings of the Agents SDK and of older API versions."""
+
+
+def _tls_of(config: UpstreamConfig) -> ssl.SSLContext:
+    try:
+        return open_tls(verify=config.verify_tls, ca_file=config.ca_file)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(
+            f"upstreams.yaml: upstream '{config.name}': ca_file cannot be read as PEM certificates."
+        ) from error
+
+
+def _header_block(config: UpstreamConfig, netloc: str) -> bytes:
+    lines = {"host": netloc, "user-agent": "agent-gateway", "accept-encoding": "identity"}
+    if config.api_key:
+        lines["authorization"] = f"Bearer {config.api_key}"
+    lines.update({name.lower(): value for name, value in config.headers.items()})
+    return b"".join([_header(name, value) for name, value in lines.items()])
+
+
+def _header(name: str, value: str) -> bytes:
+    line = f"{name}: {value}"
+    if not line.isprintable() or not line.isascii():
+        raise ValueError(f"The header {name!r} has characters that a header cannot carry.")
+    return f"{line}\r\n".encode("ascii")

@@ -1,0 +1,597 @@
+"""HTTP/1.1 to one upstream: kept-alive connections, absolute deadlines, bounded buffers, sockets closed at once.
+
+A `Transport` owns the connections of one origin; `Transport.send` gives an `Exchange`, which is read piece by piece
+and closed by whoever asked for it. Deadlines are timers of the event loop that close the socket, whoever is (or is
+not) reading. Redirects are answers like any other; proxies from the environment are not used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, cast
+
+import httptools
+
+from gateway.errors import (
+    GatewayError,
+    UpstreamIncomplete,
+    UpstreamMalformed,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
+from gateway.upstreams.config import Limits, Timeouts
+
+READ_AHEAD_BYTES = 64 * 1024
+"""The socket is not read further while this much of an answer waits for its reader."""
+
+MAX_IDLE_CONNECTIONS = 128
+KEEP_ALIVE_S = 30.0
+DRAIN_S = 1.0
+DRAIN_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where an upstream listens. ``tls`` None means plain TCP. ``name`` is the upstream's, for messages."""
+
+    name: str
+    host: str
+    port: int
+    tls: ssl.SSLContext | None
+
+
+class ConnectionClosedEarly(Exception):
+    """A kept-alive connection was closed by the other side before one byte of the answer: safe to send again."""
+
+
+class Exchange:
+    """One request and its answer on one connection.
+
+    `head` first, then `read` until it gives ``b""``, then `close` (always; twice is fine). Every failure is a
+    `GatewayError`. Bytes that arrived before a cut are given before the error is raised.
+    """
+
+    __slots__ = (
+        "_buffer",
+        "_error",
+        "_loop",
+        "_phase",
+        "_size",
+        "_timer",
+        "_total_at",
+        "_wait_until",
+        "_waiter",
+        "answered",
+        "closed",
+        "complete",
+        "connection",
+        "draining",
+        "head_complete",
+        "headers",
+        "limits",
+        "paused",
+        "reusable",
+        "status",
+        "timeouts",
+    )
+
+    def __init__(self, connection: Connection, timeouts: Timeouts, limits: Limits, total_at: float) -> None:
+        self.timeouts = timeouts
+        self.limits = limits
+        self.status = 0
+        self.headers: dict[bytes, bytes] = {}
+        self.answered = False
+        self.head_complete = False
+        self.complete = False
+        self.reusable = False
+        self.closed = False
+        self.draining = False
+        self.connection = connection
+        self._loop = connection.loop
+        self._buffer: deque[bytes] = deque()
+        self._size = 0
+        self.paused = False
+        self._error: GatewayError | ConnectionClosedEarly | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._total_at = total_at
+        self._wait_until = total_at
+        self._phase = ""
+        self._timer: asyncio.TimerHandle | None = None
+
+    def expect(self, seconds: float, phase: str) -> None:
+        """Start a deadline: what is waited for (``phase`` ends the sentence of the error) must come in ``seconds``."""
+        self._phase = phase
+        self._wait_until = until = self._loop.time() + seconds
+        due = min(until, self._total_at)
+        if self._timer is None or self._timer.when() > due:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_at(due, self._on_timer)
+
+    def relax(self) -> None:
+        """End the deadline of `expect`; the total one stays."""
+        self._wait_until = self._total_at
+
+    async def head(self) -> None:
+        """Return when status and headers are there."""
+        while not self.head_complete:
+            if self._error is not None:
+                raise self._error
+            await self._wait()
+
+    async def read(self) -> bytes:
+        """Return the bytes that have arrived, waiting for at least one; ``b""`` is the proper end of the answer."""
+        while True:
+            if self._size:
+                data = self._buffer[0] if len(self._buffer) == 1 else b"".join(self._buffer)
+                self._buffer.clear()
+                self._size = 0
+                if self.paused:
+                    self.paused = False
+                    self.connection.resume()
+                return data
+            if self.complete:
+                return b""
+            if self._error is not None:
+                raise self._error
+            await self._wait()
+
+    def close(self, *, drain: bool = False) -> None:
+        """Give the connection back when the answer is complete; otherwise close the socket now.
+
+        ``drain`` waits in the background, briefly, for the last bytes of an answer whose reader has all it needs.
+        """
+        if self.closed:
+            return
+        self.closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if drain and not self.complete and self._error is None and not self.paused:
+            self.draining = True
+            self._size = 0
+            self._buffer.clear()
+            self._timer = self._loop.call_later(DRAIN_S, self.connection.abort)
+            return
+        self.connection.settle(self)
+
+    # The rest is called by the connection.
+
+    def received_head(self, status: int, reusable: bool) -> None:
+        self.status = status
+        self.reusable = reusable
+        self.head_complete = True
+        self._wake()
+
+    def received(self, data: bytes) -> None:
+        if self._error is not None:
+            return
+        self._size += len(data)
+        if self.draining:
+            if self._size > DRAIN_BYTES:
+                self.connection.abort()
+            return
+        self._buffer.append(data)
+        if self._size >= READ_AHEAD_BYTES and not self.paused:
+            self.paused = True
+            self.connection.pause()
+        self._wake()
+
+    def finished(self) -> None:
+        if self._error is not None:
+            return
+        self.complete = True
+        self._wake()
+        if self.draining:
+            if self._timer is not None:
+                self._timer.cancel()
+            self.connection.settle(self)
+
+    def fail(self, error: GatewayError | ConnectionClosedEarly, *, at_once: bool = False) -> None:
+        """End the exchange; ``at_once`` throws away what the reader has not taken."""
+        if self.complete or self._error is not None:
+            return
+        self._error = error
+        self.reusable = False
+        if at_once:
+            self._buffer.clear()
+            self._size = 0
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._wake()
+
+    async def _wait(self) -> None:
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        now = self._loop.time()
+        name = self.connection.origin.name
+        if now >= self._total_at:
+            error = UpstreamTimeout(
+                f"The upstream '{name}' did not finish its answer within {self.timeouts.total_s:g} s. Ask for less, or "
+                "raise timeouts.total_s of this upstream."
+            )
+        elif now >= self._wait_until:
+            error = UpstreamTimeout(f"The upstream '{name}' {self._phase}")
+        else:
+            self._timer = self._loop.call_at(min(self._wait_until, self._total_at), self._on_timer)
+            return
+        self.fail(error, at_once=True)
+        self.connection.abort()
+
+
+class Connection(asyncio.Protocol):
+    """One socket; carries one exchange at a time."""
+
+    def __init__(self, transport: Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self.origin = transport.origin
+        self.loop = loop
+        self.idle_since = 0.0
+        self._owner = transport
+        self._exchange: Exchange | None = None
+        self._socket: asyncio.Transport | None = None
+        self._parser = httptools.HttpResponseParser(self)
+        self._length: bytes | None = None
+        self._interim = False
+        self._progress = False
+        self._unproductive = 0
+        self._lost = False
+
+    def begin(self, exchange: Exchange, head: bytes, body: bytes) -> None:
+        """Send a request; the answer goes to ``exchange``."""
+        assert self._socket is not None
+        self._exchange = exchange
+        self._unproductive = 0
+        if len(body) < 32 * 1024:
+            self._socket.write(head + body)
+        else:
+            self._socket.writelines((head, body))
+
+    def settle(self, exchange: Exchange) -> None:
+        """End an exchange: back to the pool if its answer is complete and the socket good, else close."""
+        self._exchange = None
+        idle = exchange.complete and exchange.reusable and not self._lost
+        if idle and self._socket is not None and self._socket.get_write_buffer_size() == 0:
+            if exchange.paused:
+                self.resume()
+            self._owner.give_back(self, exchange)
+            return
+        self._owner.forget(exchange)
+        self.abort()
+
+    def abort(self) -> None:
+        """Close the socket without waiting for anything."""
+        self._lost = True
+        if self._socket is not None:
+            self._socket.abort()
+
+    def pause(self) -> None:
+        if self._socket is not None and not self._socket.is_closing():
+            self._socket.pause_reading()
+
+    def resume(self) -> None:
+        if self._socket is not None and not self._socket.is_closing():
+            self._socket.resume_reading()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether another request may be sent."""
+        return not self._lost and self._socket is not None and not self._socket.is_closing()
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._socket = cast(asyncio.Transport, transport)
+        if self._lost:
+            self._socket.abort()
+
+    def data_received(self, data: bytes) -> None:
+        exchange = self._exchange
+        if exchange is None or exchange.complete:
+            # Bytes nobody asked for: whatever they are, this connection cannot be trusted with another request.
+            if exchange is not None:
+                exchange.reusable = False
+            else:
+                self._owner.discard(self)
+                self.abort()
+            return
+        exchange.answered = True
+        self._progress = False
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            if exchange.complete:
+                exchange.reusable = False
+                return
+            self._refuse(exchange, f"sent an answer that is not valid HTTP/1.1 ({type(error).__name__})")
+            return
+        if not self._progress:
+            self._unproductive += len(data)
+            if self._unproductive > exchange.limits.head_bytes:
+                self._refuse(exchange, f"sent headers of more than {exchange.limits.head_bytes} bytes")
+        else:
+            self._unproductive = 0
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        aborted, self._lost = self._lost, True
+        self._owner.discard(self)
+        exchange = self._exchange
+        if exchange is None:
+            return
+        if exchange.head_complete:
+            if exc is None and self._length is None and not aborted:
+                exchange.reusable = False
+                exchange.finished()
+            else:
+                exchange.fail(
+                    UpstreamIncomplete(
+                        f"The upstream '{self.origin.name}' closed the connection in the middle of its answer. "
+                        "Send the request again."
+                    )
+                )
+        elif exchange.answered:
+            exchange.fail(
+                UpstreamUnreachable(f"The upstream '{self.origin.name}' closed the connection while answering.")
+            )
+        else:
+            exchange.fail(ConnectionClosedEarly())
+        if exchange.draining:
+            self.settle(exchange)
+
+    # httptools callbacks
+
+    def on_message_begin(self) -> None:
+        exchange = self._exchange
+        if exchange is not None and exchange.complete:
+            exchange.reusable = False
+        self._length = None
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        exchange = self._exchange
+        if exchange is None or exchange.head_complete:
+            return
+        name = name.lower()
+        if name not in exchange.headers:
+            exchange.headers[name] = value
+        elif name in (b"transfer-encoding", b"content-encoding"):
+            exchange.headers[name] = b"given twice"
+
+    def on_headers_complete(self) -> None:
+        exchange = self._exchange
+        if exchange is None or exchange.head_complete:
+            return
+        status = self._parser.get_status_code()
+        if status < 200:
+            # 100 Continue and 103 Early Hints come before the answer and say nothing about it.
+            self._interim = True
+            exchange.headers.clear()
+            return
+        headers = exchange.headers
+        coding = headers.get(b"transfer-encoding")
+        if coding is not None and coding.strip().lower() != b"chunked":
+            self._refuse(exchange, "sent an answer in a transfer encoding other than chunked")
+            return
+        self._length = coding or headers.get(b"content-length")
+        if status in (204, 304):
+            self._length = b"0"
+        compression = headers.get(b"content-encoding", b"identity").strip().lower()
+        if compression not in (b"identity", b""):
+            self._refuse(
+                exchange, "sent a compressed answer although only uncompressed ones are accepted; switch compression off"
+            )
+            return
+        self._progress = True
+        exchange.received_head(status, self._length is not None and bool(self._parser.should_keep_alive()))
+
+    def on_body(self, data: bytes) -> None:
+        exchange = self._exchange
+        self._progress = True
+        if exchange is not None and not exchange.complete:
+            exchange.received(data)
+
+    def on_message_complete(self) -> None:
+        if self._interim:
+            self._interim = False
+            return
+        exchange = self._exchange
+        if exchange is not None and exchange.head_complete and not exchange.complete:
+            self._progress = True
+            exchange.finished()
+
+    def _refuse(self, exchange: Exchange, what: str) -> None:
+        exchange.fail(UpstreamMalformed(f"The upstream '{self.origin.name}' {what}."))
+        self.abort()
+
+
+class Transport:
+    """The connections to one origin, of one event loop.
+
+    A call from another loop (an author's own ``asyncio.run`` in a thread) gets a connection of its own, which is
+    closed after the call. A retired transport still serves, without keeping connections.
+    """
+
+    def __init__(self, origin: Origin, timeouts: Timeouts, limits: Limits) -> None:
+        self.origin = origin
+        self._timeouts = timeouts
+        self._limits = limits
+        self._loop = asyncio.get_running_loop()
+        self._idle: deque[Connection] = deque()
+        self._active: set[Exchange] = set()
+        self._retired = False
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    @property
+    def idle_connections(self) -> int:
+        """How many connections wait for a request."""
+        return len(self._idle)
+
+    @property
+    def active_exchanges(self) -> int:
+        """How many answers are being read."""
+        return len(self._active)
+
+    async def send(
+        self, head: bytes, body: bytes, *, streamed: bool, timeouts: Timeouts | None = None
+    ) -> Exchange:
+        """Send one request and return when the head of its answer is there; the caller closes the exchange.
+
+        Raises `UpstreamUnreachable`, `UpstreamTimeout`, `UpstreamMalformed` or `UpstreamIncomplete`.
+        """
+        loop = asyncio.get_running_loop()
+        timeouts = timeouts or self._timeouts
+        total_at = loop.time() + timeouts.total_s
+        connection = self._take() if loop is self._loop else None
+        if connection is not None:
+            try:
+                return await self._exchange(connection, head, body, total_at, streamed, timeouts)
+            except ConnectionClosedEarly:
+                # The other side closed the idle connection while the request was on its way and read nothing of it
+                # that it would answer: the one case in which a request may be sent twice.
+                pass
+        connection = await self._connect(loop, timeouts.connect_s)
+        try:
+            return await self._exchange(connection, head, body, total_at, streamed, timeouts)
+        except ConnectionClosedEarly as error:
+            raise UpstreamUnreachable(
+                f"The upstream '{self.origin.name}' closed the connection without an answer. See whether it is healthy."
+            ) from error
+
+    def retire(self) -> None:
+        """Close idle connections and keep no more; answers that are being read go on."""
+        self._retired = True
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
+        while self._idle:
+            self._idle.pop().abort()
+
+    def abort(self) -> None:
+        """Retire, and close what is still being read."""
+        self.retire()
+        for exchange in tuple(self._active):
+            loop = exchange.connection.loop
+            if loop is self._loop:
+                self._end(exchange)
+            elif not loop.is_closed():
+                loop.call_soon_threadsafe(self._end, exchange)
+
+    def _end(self, exchange: Exchange) -> None:
+        exchange.fail(
+            UpstreamUnreachable(f"The gateway closed its connections to the upstream '{self.origin.name}'."), at_once=True
+        )
+        exchange.connection.abort()
+
+    async def _exchange(
+        self, connection: Connection, head: bytes, body: bytes, total_at: float, streamed: bool, timeouts: Timeouts
+    ) -> Exchange:
+        exchange = Exchange(connection, timeouts, self._limits, total_at)
+        self._active.add(exchange)
+        try:
+            seconds = timeouts.first_byte_s
+            what = "first event" if streamed else "answer"
+            exchange.expect(
+                seconds,
+                f"sent no {what} within {seconds:g} s. If it loads models on demand, raise timeouts.first_byte_s of "
+                "this upstream.",
+            )
+            connection.begin(exchange, head, body)
+            await exchange.head()
+        except BaseException:
+            exchange.close()
+            raise
+        return exchange
+
+    async def _connect(self, loop: asyncio.AbstractEventLoop, seconds: float) -> Connection:
+        origin = self.origin
+        extra: dict[str, Any] = {"ssl": origin.tls, "server_hostname": origin.host} if origin.tls else {}
+        try:
+            async with asyncio.timeout(seconds):
+                _, connection = await loop.create_connection(
+                    lambda: Connection(self, loop), origin.host, origin.port, **extra
+                )
+        except TimeoutError as error:
+            raise UpstreamTimeout(
+                f"The upstream '{origin.name}' did not accept a connection within {seconds:g} s. See whether it is up "
+                "and reachable from the gateway."
+            ) from error
+        except ssl.SSLCertVerificationError as error:
+            raise UpstreamUnreachable(
+                f"The TLS certificate of the upstream '{origin.name}' was not accepted ({error.verify_message}). Name "
+                "its authority in ca_file of this upstream."
+            ) from error
+        except ssl.SSLError as error:
+            raise UpstreamUnreachable(
+                f"No TLS connection to the upstream '{origin.name}' ({error.reason or 'handshake failed'}). See "
+                "whether its base_url should start with http:// instead."
+            ) from error
+        except (OSError, UnicodeError) as error:
+            raise UpstreamUnreachable(
+                f"The upstream '{origin.name}' cannot be reached. Start it, or correct its base_url in upstreams.yaml."
+            ) from error
+        return connection
+
+    def _take(self) -> Connection | None:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_open and self._loop.time() - connection.idle_since < KEEP_ALIVE_S:
+                return connection
+            connection.abort()
+        return None
+
+    # Called by connections.
+
+    def give_back(self, connection: Connection, exchange: Exchange) -> None:
+        self._active.discard(exchange)
+        if self._retired or connection.loop is not self._loop or len(self._idle) >= MAX_IDLE_CONNECTIONS:
+            connection.abort()
+            return
+        connection.idle_since = self._loop.time()
+        self._idle.append(connection)
+        if self._sweeper is None:
+            self._sweeper = self._loop.call_later(KEEP_ALIVE_S, self._sweep)
+
+    def forget(self, exchange: Exchange) -> None:
+        self._active.discard(exchange)
+
+    def discard(self, connection: Connection) -> None:
+        """A connection closed while it was idle."""
+        if connection.loop is self._loop and self._idle:
+            try:
+                self._idle.remove(connection)
+            except ValueError:
+                pass
+
+    def _sweep(self) -> None:
+        self._sweeper = None
+        oldest = self._loop.time() - KEEP_ALIVE_S
+        while self._idle and self._idle[0].idle_since <= oldest:
+            self._idle.popleft().abort()
+        if self._idle:
+            delay = max(self._idle[0].idle_since - oldest, 0.1)
+            self._sweeper = self._loop.call_later(delay, self._sweep)
+
+
+def open_tls(*, verify: bool, ca_file: str | None) -> ssl.SSLContext:
+    """Return a client context; raises ``OSError`` or ``ssl.SSLError`` for a bad ``ca_file``."""
+    context = ssl.create_default_context(cafile=ca_file)
+    context.set_alpn_protocols(["http/1.1"])
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context

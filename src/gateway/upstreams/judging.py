@@ -1,0 +1,203 @@
+"""Whether an upstream's answer is a finished answer: the one place where a cut or empty one stops being a success."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import msgspec
+from msgspec import Raw, Struct
+
+from gateway.errors import GatewayError, UpstreamIncomplete, UpstreamMalformed
+from gateway.upstreams.failures import failure_of_object
+
+CHAT_PATH = "/chat/completions"
+RESPONSES_PATH = "/responses"
+
+
+class Judge(Protocol):
+    """Sees one answer, whole or event by event, and raises a `GatewayError` for what cannot be passed on."""
+
+    def body(self, data: bytes) -> None:
+        """Judge a whole answer."""
+        ...
+
+    def event(self, data: bytes) -> None:
+        """Judge the next event of a stream."""
+        ...
+
+    def end(self) -> None:
+        """Judge the end of a stream."""
+        ...
+
+
+def judge_for(path: str, upstream: str, secrets: tuple[str, ...]) -> Judge:
+    """Return a fresh judge for one answer of ``path``; paths without rules of their own must be JSON, and no error."""
+    kind = {CHAT_PATH: ChatJudge, RESPONSES_PATH: ResponsesJudge}.get(path, JsonJudge)
+    return kind(upstream, secrets)
+
+
+class JsonJudge:
+    """Valid JSON objects without an ``error``."""
+
+    def __init__(self, upstream: str, secrets: tuple[str, ...]) -> None:
+        self._upstream = upstream
+        self._secrets = secrets
+
+    def body(self, data: bytes) -> None:
+        answer = self._decode(_ANSWER, data)
+        if _is_error(answer.error):
+            raise self._said(answer.error)
+
+    def event(self, data: bytes) -> None:
+        self.body(data)
+
+    def end(self) -> None:
+        return None
+
+    def _decode(self, decoder: msgspec.json.Decoder[Any], data: bytes) -> Any:
+        try:
+            if not data.isascii():
+                data.decode()
+            return decoder.decode(data)
+        except UnicodeDecodeError as error:
+            raise self._malformed("is not valid UTF-8") from error
+        except msgspec.ValidationError as error:
+            raise self._malformed("does not have the shape of this API") from error
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise self._malformed("is not valid JSON") from error
+
+    def _malformed(self, what: str) -> UpstreamMalformed:
+        return UpstreamMalformed(
+            f"The upstream '{self._upstream}' sent something that {what}. See whether its base_url is right."
+        )
+
+    def _cut(self, what: str) -> UpstreamIncomplete:
+        return UpstreamIncomplete(f"The upstream '{self._upstream}' {what}. Send the request again.")
+
+    def _said(self, error: Raw) -> GatewayError:
+        return failure_of_object(self._upstream, msgspec.json.decode(error), secrets=self._secrets)
+
+
+class ChatJudge(JsonJudge):
+    """Chat Completions: every choice that began must end with a ``finish_reason``."""
+
+    def __init__(self, upstream: str, secrets: tuple[str, ...]) -> None:
+        super().__init__(upstream, secrets)
+        self._open: set[int] = set()
+        self._finished: set[int] = set()
+
+    def body(self, data: bytes) -> None:
+        answer = self._decode(_CHAT, data)
+        if _is_error(answer.error):
+            raise self._said(answer.error)
+        if answer.choices is None:
+            raise self._malformed("is not a chat completion (it has no 'choices')")
+        if not answer.choices:
+            raise self._cut("sent an answer without any choice")
+        for choice in answer.choices:
+            if bytes(choice.message) == b"null":
+                raise self._malformed("is not a chat completion (a choice has no 'message')")
+            if not choice.finish_reason:
+                raise self._cut("sent an answer without a finish_reason, so it may be cut")
+
+    def event(self, data: bytes) -> None:
+        chunk = self._decode(_CHUNK, data)
+        if _is_error(chunk.error):
+            raise self._said(chunk.error)
+        for choice in chunk.choices or ():
+            if choice.finish_reason:
+                self._finished.add(choice.index)
+                self._open.discard(choice.index)
+            elif choice.index not in self._finished:
+                self._open.add(choice.index)
+
+    def end(self) -> None:
+        if not self._finished:
+            raise self._cut(
+                "ended its stream before the answer was finished" if self._open else "ended its stream without an answer"
+            )
+        if self._open:
+            raise self._cut("ended its stream before every choice was finished")
+
+
+class ResponsesJudge(JsonJudge):
+    """Responses: the last word is ``response.completed``, ``response.incomplete`` or a failure."""
+
+    def __init__(self, upstream: str, secrets: tuple[str, ...]) -> None:
+        super().__init__(upstream, secrets)
+        self._done = False
+
+    def body(self, data: bytes) -> None:
+        answer = self._decode(_RESPONSE, data)
+        if _is_error(answer.error) or answer.status == "failed":
+            raise self._said(answer.error)
+        if answer.output is None:
+            raise self._malformed("is not a response (it has no 'output')")
+        if answer.status == "cancelled":
+            raise self._cut("cancelled its answer")
+
+    def event(self, data: bytes) -> None:
+        event = self._decode(_RESPONSE_EVENT, data)
+        if event.type in ("response.completed", "response.incomplete"):
+            self._done = True
+        elif event.type == "response.failed":
+            raise self._said(event.response.error if event.response is not None else _NULL)
+        elif event.type == "error":
+            raise self._said(event.error if _is_error(event.error) else Raw(data))
+        elif not event.type and _is_error(event.error):
+            raise self._said(event.error)
+
+    def end(self) -> None:
+        if not self._done:
+            raise self._cut("ended its stream before the answer was finished")
+
+
+_NULL = Raw(b"null")
+
+
+class _Answer(Struct):
+    error: Raw = _NULL
+
+
+class _Choice(Struct):
+    finish_reason: str | None = None
+    message: Raw = _NULL
+
+
+class _Chat(Struct):
+    choices: list[_Choice] | None = None
+    error: Raw = _NULL
+
+
+class _ChunkChoice(Struct):
+    index: int = 0
+    finish_reason: str | None = None
+
+
+class _Chunk(Struct):
+    choices: list[_ChunkChoice] | None = None
+    error: Raw = _NULL
+
+
+class _Response(Struct):
+    status: str | None = None
+    output: list[Raw] | None = None
+    error: Raw = _NULL
+
+
+class _ResponseEvent(Struct):
+    type: str | None = None
+    response: _Response | None = None
+    error: Raw = _NULL
+
+
+_ANSWER = msgspec.json.Decoder(_Answer)
+_CHAT = msgspec.json.Decoder(_Chat)
+_CHUNK = msgspec.json.Decoder(_Chunk)
+_RESPONSE = msgspec.json.Decoder(_Response)
+_RESPONSE_EVENT = msgspec.json.Decoder(_ResponseEvent)
+
+
+def _is_error(error: Raw) -> bool:
+    """Clients take any truthy ``error`` for one, so the same goes here."""
+    return error is not _NULL and bytes(error) not in (b"null", b"false", b"{}", b'""', b"0", b"[]")
