@@ -11,7 +11,7 @@ IMAGE ?= agent-gateway:dev
 export PYTHONPATH := src
 
 .DEFAULT_GOAL := help
-.PHONY: help run install install-dev fmt lint types test coverage smoke sbom docker-build lock bench
+.PHONY: help run install install-dev fmt lint types test coverage smoke sbom docker-build lock docs bench
 
 help:  ## Say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 16
@@ -52,6 +52,9 @@ docker-build:  ## Build the container image
 
 lock: $(VENV)/.dev  ## Pin pyproject.toml's dependencies with hashes (UPGRADE=1: take newer releases)
 	UV=$(VENV)/bin/uv UPGRADE=$(UPGRADE) scripts/lock.sh
+
+docs: $(VENV)/.dev  ## Write the generated tables of docs/references
+	$(PY) scripts/reference_docs.py
 
 bench: $(VENV)/.dev  ## Measure, and print ratios
 	$(PY) benchmarks/run.py $(ARGS)

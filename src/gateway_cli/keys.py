@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
+import json
 import re
 import secrets
 
@@ -13,9 +14,9 @@ from gateway_cli.errors import CliError
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the key and its stanza; nothing is written anywhere."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", arguments.name):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", arguments.name):
         raise CliError(
-            "A key's id is 1 to 64 letters, digits, '.', '_' and '-', and begins with a letter or digit.", status=2
+            "A key's id is 1 to 64 letters, digits and . _ @ -, and begins with a letter or digit.", status=2
         )
     key = f"sk-gw-{secrets.token_urlsafe(32)}"
     print("The key, shown this once:\n")
@@ -35,21 +36,18 @@ def stanza(name: str, key: str, allow: list[str], *, admin: bool = False, expire
         f"    scopes: {scopes}",
     ]
     if expires is not None:
-        lines.append(f"    expires_at: {_quote(_last_second(expires))}")
+        lines.append(f"    expires_at: {_checked_day(expires)}")
     return "\n".join(lines)
 
 
-def _last_second(day: str) -> str:
+def _checked_day(day: str) -> str:
     try:
-        date = datetime.date.fromisoformat(day)
+        return datetime.date.fromisoformat(day).isoformat()
     except ValueError as error:
         raise CliError(f"{day!r} is not a date; write YYYY-MM-DD.", status=2) from error
-    return f"{date.isoformat()}T23:59:59Z"
 
 
 def _quote(text: str) -> str:
-    """A YAML double-quoted scalar; JSON strings are one."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    if not escaped.isprintable():
-        raise CliError("A pattern holds printable characters only.", status=2)
-    return f'"{escaped}"'
+    if not text or not text.isascii() or not text.isprintable():
+        raise CliError(f"{text!r} is not a pattern over model ids, which are ASCII.", status=2)
+    return json.dumps(text)  # a JSON string is a YAML double-quoted scalar

@@ -1,0 +1,243 @@
+"""The documentation is a contract: what the code has is named there, and what it names exists.
+
+Everything is discovered from the code: settings, routes, errors, log events, metrics, diagnostics, YAML keys,
+command-line commands, make targets. A new one fails here until docs/references says what it means.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from api.route_table import TABLE
+from gateway.config import Settings
+from gateway.errors import GatewayError
+from gateway.security.config import SecurityConfig
+from gateway.upstreams.config import UpstreamsConfig
+from gateway_cli.main import build_parser
+
+ROOT = Path(__file__).resolve().parents[1]
+SRC = ROOT / "src"
+REFERENCES = ROOT / "docs" / "references"
+ROOMS = ("api", "gateway", "gateway_cli", "sdk_adapter")
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+MAKE = re.compile(r"\bmake ([a-z][a-z-]*)")
+VARIABLE = re.compile(r"\b(?:GATEWAY|OPENAI)_[A-Z0-9_]+\b")
+CODE = re.compile(r"`([^`\n]+)`")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+
+
+@cache
+def page(name: str) -> str:
+    return (REFERENCES / name).read_text(encoding="utf-8")
+
+
+def named_in(name: str) -> set[str]:
+    """Everything a page puts in code font."""
+    return {found.group(1) for found in CODE.finditer(page(name))}
+
+
+@cache
+def trees() -> tuple[tuple[Path, ast.Module], ...]:
+    files = [path for room in ROOMS for path in sorted((SRC / room).rglob("*.py"))]
+    return tuple((path, ast.parse(path.read_text(encoding="utf-8"))) for path in files)
+
+
+def log_events() -> set[str]:
+    """The literal event name of every ``log_event(logger, "event.name", …)``, both branches of a conditional one."""
+    found = set()
+    for path, tree in trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and _name(node.func) == "log_event":
+                literals = {leaf.value for leaf in ast.walk(node.args[1]) if isinstance(leaf, ast.Constant)}
+                names = {text for text in literals if isinstance(text, str) and "." in text}
+                assert names, f"{path}:{node.lineno}: the event's name is not written out, so nobody can look it up"
+                found |= names
+    return found
+
+
+def diagnostic_codes() -> set[str]:
+    """Every literal ``code=`` of a Diagnostic, whether it is made directly or through a function that makes one."""
+    found = set()
+    for path, tree in trees():
+        if path.relative_to(SRC).parts[:2] not in {("gateway", "registry"), *_adapter_parts()}:
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.keyword) and node.arg == "code":
+                found |= {leaf.value for leaf in ast.walk(node.value) if _is_word(leaf)}
+            elif isinstance(node, ast.Assign) and any(_name(target) == "code" for target in node.targets):
+                found |= {leaf.value for leaf in ast.walk(node.value) if _is_word(leaf)}
+    return found
+
+
+def _adapter_parts() -> Iterator[tuple[str, ...]]:
+    loading = ("loader.py", "exports.py", "preflight.py", "declarative.py")
+    return (("sdk_adapter", name) for name in loading)
+
+
+def _is_word(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier()
+
+
+def _name(node: ast.expr) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+
+
+def yaml_keys(kind: type) -> set[str]:
+    """Every key of a configuration file, at any depth."""
+    names, seen, waiting = set(), set(), [kind]
+    while waiting:
+        struct = waiting.pop()
+        if struct in seen:
+            continue
+        seen.add(struct)
+        for field in msgspec.structs.fields(struct):
+            names.add(field.encode_name)
+            waiting += structs_in(field.type)
+    return names
+
+
+def structs_in(hint: object) -> list[type]:
+    if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
+        return [hint]
+    return [kind for part in getattr(hint, "__args__", ()) for kind in structs_in(part)]
+
+
+def test_generated_tables_are_up_to_date() -> None:
+    done = subprocess.run(
+        [sys.executable, "scripts/reference_docs.py", "--check"],
+        cwd=ROOT,
+        env={"PYTHONPATH": "src"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"run `make docs`: {done.stdout}{done.stderr}"
+
+
+def test_every_setting_is_documented() -> None:
+    names = {name for item in fields(Settings) for name in (item.metadata["env"], *item.metadata["aliases"])}
+    assert names <= named_in("settings.md")
+
+
+def test_every_endpoint_is_documented() -> None:
+    paths = {path for route in TABLE.routes for path in route.aliases}
+    assert {f"{route.method} {route.path}" for route in TABLE.routes} | paths <= named_in("endpoints.md")
+
+
+def test_every_error_code_is_documented() -> None:
+    def codes(kind: type[GatewayError]) -> set[str]:
+        own = {kind.code} if kind.code else set()
+        return own.union(*(codes(child) for child in kind.__subclasses__()))
+
+    assert codes(GatewayError) <= named_in("errors.md")
+
+
+def test_log_events_and_their_page_agree() -> None:
+    documented = {found.group(1) for found in re.finditer(r"^\| `([a-z_.]+)` \|", page("log-events.md"), re.MULTILINE)}
+    assert documented == log_events()
+
+
+def test_diagnostic_codes_and_their_page_agree() -> None:
+    documented = {found.group(1) for found in re.finditer(r"^\| `(\w+)` \|", page("diagnostics.md"), re.MULTILINE)}
+    assert documented == diagnostic_codes()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("upstreams-yaml.md", UpstreamsConfig), ("security-yaml.md", SecurityConfig)]
+)
+def test_every_yaml_key_is_documented(name: str, kind: type) -> None:
+    assert yaml_keys(kind) <= named_in(name)
+
+
+def test_every_relative_link_resolves() -> None:
+    broken = []
+    for path in PAGES:
+        for found in LINK.finditer(FENCE.sub("", path.read_text(encoding="utf-8"))):
+            target, _, anchor = found.group(1).partition("#")
+            if "://" in target or target.startswith("mailto:"):
+                continue
+            file = (path.parent / target).resolve() if target else path
+            if not file.exists() or (anchor and anchor not in anchors(file)):
+                broken.append(f"{path.relative_to(ROOT)}: {found.group(1)}")
+    assert not broken, "\n".join(broken)
+
+
+def anchors(path: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", FENCE.sub("", path.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def code_of(path: Path) -> str:
+    """What a page writes as code, inline or fenced."""
+    text = path.read_text(encoding="utf-8")
+    blocks = [found.group(2) for found in FENCE.finditer(text)]
+    return "\n".join([*blocks, *(found.group(1) for found in CODE.finditer(FENCE.sub("", text)))])
+
+
+def test_every_make_target_named_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {name for path in PAGES for name in MAKE.findall(code_of(path))}
+    assert named
+    assert named <= targets
+
+
+def test_every_variable_named_exists() -> None:
+    known = {name for item in fields(Settings) for name in (item.metadata["env"], *item.metadata["aliases"])}
+    named = {name for path in PAGES for name in VARIABLE.findall(path.read_text(encoding="utf-8"))}
+    assert named
+    assert named <= known
+
+
+def test_every_command_line_named_is_one_the_command_accepts() -> None:
+    refused = []
+    for path in PAGES:
+        for line in code_of(path).splitlines():
+            found = re.match(r"^\s*\$?\s*(?:PYTHONPATH=src python -m gateway_cli|gateway) ([a-z].*)", line)
+            if found is None:
+                continue
+            words = shlex.split(found.group(1).partition(" #")[0])
+            try:
+                build_parser().parse_args([word for word in words if word not in ("…", "...")])
+            except Exception as error:
+                refused.append(f"{path.relative_to(ROOT)}: {line.strip()}: {error}")
+    assert not refused, "\n".join(refused)
+
+
+def test_every_source_path_named_exists() -> None:
+    """A page that names a file of the repository names one that is there (names with capitals are placeholders)."""
+    pattern = re.compile(r"(?<![\w./-])((?:src|docs|scripts|tests|\.ci)/[\w./-]*\w)")
+    made_by_user = re.compile(r"src/agents/(?!Hello\b)|\.local\.ya?ml$|src/config/(upstreams|security|agents)\.yaml$")
+    missing = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in PAGES
+        for name in pattern.findall(code_of(path))
+        if not made_by_user.search(name) and not (ROOT / name).exists()
+    ]
+    assert not missing, "\n".join(missing)
+
+
+def test_every_page_is_reached_from_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    linked = {(ROOT / "docs" / found.group(1).partition("#")[0]).resolve() for found in LINK.finditer(index)}
+    pages = {path for path in (ROOT / "docs").rglob("*.md") if path.name != "README.md"}
+    assert pages <= linked
+
+
+def test_python_examples_compile() -> None:
+    for path in PAGES:
+        for found in FENCE.finditer(path.read_text(encoding="utf-8")):
+            if found.group(1) in ("py", "python"):
+                compile(found.group(2), str(path), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
