@@ -91,10 +91,13 @@ def drop(name: str, agents: Path, *, as_: str | None = None) -> Path:
     return target
 
 
-def write_agent(agents: Path, name: str, instructions: str, *, extra: str = "") -> Path:
-    """Write a small agent into ``agents/name/agent.py`` the way careful editors do: a new file, then a rename."""
+def write_agent(agents: Path, name: str, instructions: str, *, extra: str = "", tools: str = "") -> Path:
+    """Write a small agent into ``agents/name/agent.py`` the way careful editors do: a new file, then a rename.
+
+    ``extra`` stands before the agent; ``tools`` are names of it, comma-separated.
+    """
     folder = agents / name
     folder.mkdir(parents=True, exist_ok=True)
-    text = f"from agents import Agent\n\n{extra}\nagent = Agent(name={name!r}, instructions={instructions!r})\n"
+    text = f"from agents import Agent\n\n{extra}\nagent = Agent(name={name!r}, instructions={instructions!r}, tools=[{tools}])\n"
     (folder / ".agent.py.swap").write_text(text, encoding="utf-8")
     return (folder / ".agent.py.swap").rename(folder / "agent.py")
