@@ -13,6 +13,7 @@ from gateway.errors import GatewayError, RunTimedOut
 from gateway.events import RelayedBody, RelayEnded, RunEvent, RunFinished, Usage
 from gateway.observability.logs import log_event
 from gateway.observability.metrics import Metrics
+from gateway.observability.recent import ErrorRecord, RecentErrors
 from gateway.run import Executor, Run
 
 Sink = Callable[[RunEvent], Awaitable[None]]
@@ -28,6 +29,7 @@ class RunEngine:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self.recent_errors = RecentErrors()
 
     async def execute(self, run: Run, executor: Executor, sink: Sink) -> None:
         """Hand every event of the run to ``sink``, in order; return when the run is finished.
@@ -72,6 +74,8 @@ class RunEngine:
         finally:
             seconds = time.perf_counter() - started
             self._metrics.run_finished(run.model, run.streamed, outcome, seconds)
+            if outcome == "failure":
+                self.recent_errors.add(_record(run, error))
             if usage is not None:
                 self._metrics.tokens(run.model, usage.input_tokens, usage.output_tokens)
             log_event(
@@ -90,3 +94,15 @@ class RunEngine:
                 usage_estimated=usage.estimated if usage else None,
                 duration_ms=round(seconds * 1000, 2),
             )
+
+
+def _record(run: Run, error: GatewayError | None) -> ErrorRecord:
+    """What `GET /agents/errors` shows of a failed run; the cause of an unexpected one stands in the log alone."""
+    return ErrorRecord(
+        event="run.failed",
+        message=error.message if error else "The run failed in a way the gateway did not expect; see its log.",
+        request_id=run.request_id,
+        agent_id=run.model,
+        error_stage="run",
+        details={"run_id": run.id.hex, "code": error.code if error else "internal_error"},
+    )

@@ -1,0 +1,156 @@
+"""GET /agents, POST /agents/refresh, GET /agents/errors: the registry as its operator sees it."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from pydantic import BaseModel, Field
+from starlette.requests import Request
+
+from gateway.observability.recent import CAPACITY, ErrorRecord
+from gateway.registry.entry import AgentEntry, Diagnostic
+
+if TYPE_CHECKING:  # the composition root imports the route table
+    from api.bootstrap import Gateway
+
+
+class AgentRecord(BaseModel):
+    """One agent: ready, serving its last good generation (``stale``), or only its error."""
+
+    name: str
+    namespace: str
+    qualified_name: str = Field(description="The model id that a client sends.")
+    display_name: str
+    kind: Literal["sdk", "declarative"]
+    model: str | None
+    upstream: str | None
+    description: str | None
+    tools: list[str]
+    metadata: dict[str, Any] = Field(description="Where it comes from, and its diagnostics with file, line and fix.")
+    status: Literal["ready", "stale", "error"]
+    error: str | None = Field(description="What is wrong and what mends it; null when nothing is.")
+
+
+class ErrorEntry(BaseModel):
+    """One failure of discovery or of a run."""
+
+    timestamp: str = Field(description="UTC, ISO 8601.")
+    event: str
+    message: str
+    request_id: str | None
+    agent_id: str | None
+    module_path: str | None
+    error_stage: str | None
+    details: dict[str, Any]
+
+
+async def list_agents(request: Request) -> list[AgentRecord]:
+    """List every agent with its status, those that did not load included."""
+    return _records(_gateway(request))
+
+
+async def refresh_agents(request: Request) -> list[AgentRecord]:
+    """Look at the drop-in folders and `agents.yaml` again, load what changed, and list every agent."""
+    gateway = _gateway(request)
+    await gateway.reloader.refresh_agents()
+    return _records(gateway)
+
+
+async def list_errors(request: Request) -> list[ErrorEntry]:
+    """List the last failures of discovery and of runs, newest first."""
+    gateway = _gateway(request)
+    found = [(item.occurred_at, _discovery_error(item)) for item in gateway.catalogue.recent_errors()]
+    found += [(item.occurred_at, _run_error(item)) for item in gateway.engine.recent_errors.list_errors()]
+    return [entry for _, entry in sorted(found, key=lambda pair: pair[0], reverse=True)][:CAPACITY]
+
+
+def _gateway(request: Request) -> Gateway:
+    return cast("Gateway", request.state.gateway)
+
+
+def _records(gateway: Gateway) -> list[AgentRecord]:
+    return [_record(entry) for entry in gateway.holder.current.registry.list_entries()]
+
+
+def _record(entry: AgentEntry) -> AgentRecord:
+    first = next((item for item in entry.diagnostics if item.severity == "error"), None)
+    metadata: dict[str, Any] = {
+        "source": entry.source,
+        "file": entry.file,
+        "created": entry.created,
+        "content_hash": entry.content_hash,
+        "generation": entry.generation,
+        "aliases": list(entry.aliases),
+        "expose": entry.options.expose,
+    }
+    if first is not None:
+        metadata |= _diagnostic(first)
+    if entry.diagnostics:
+        metadata["diagnostics"] = [_diagnostic(item) for item in entry.diagnostics]
+    return AgentRecord(
+        name=entry.name,
+        namespace=entry.namespace,
+        qualified_name=entry.id,
+        display_name=entry.display_name,
+        kind=entry.kind,
+        model=entry.model,
+        upstream=entry.upstream,
+        description=entry.description,
+        tools=list(entry.tools),
+        metadata=metadata,
+        status=entry.status,
+        error=f"{first.message} {first.fix}".strip() if first is not None and entry.status != "ready" else None,
+    )
+
+
+def _diagnostic(item: Diagnostic) -> dict[str, Any]:
+    return {
+        "kind": item.kind,
+        "code": item.code,
+        "severity": item.severity,
+        "message": item.message,
+        "fix": item.fix,
+        "file": item.file,
+        "line": item.line,
+        "module": item.module,
+        "cause": item.cause,
+        "occurred_at": _iso(item.occurred_at),
+    }
+
+
+def _discovery_error(item: Diagnostic) -> ErrorEntry:
+    return ErrorEntry(
+        timestamp=_iso(item.occurred_at),
+        event="agent.dropin.blocked" if item.kind == "security" else "agent.dropin.failed",
+        message=item.message,
+        request_id=None,
+        agent_id=None,
+        module_path=item.module or item.file,
+        error_stage=item.kind,
+        details={
+            "code": item.code,
+            "severity": item.severity,
+            "file": item.file,
+            "line": item.line,
+            "cause": item.cause,
+            "fix": item.fix,
+        },
+    )
+
+
+def _run_error(item: ErrorRecord) -> ErrorEntry:
+    return ErrorEntry(
+        timestamp=_iso(item.occurred_at),
+        event=item.event,
+        message=item.message,
+        request_id=item.request_id,
+        agent_id=item.agent_id,
+        module_path=item.module_path,
+        error_stage=item.error_stage,
+        details=dict(item.details),
+    )
+
+
+def _iso(moment: float) -> str:
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
