@@ -162,9 +162,7 @@ class _ChunkCutter:
         """Return the usage chunk that was asked for where the upstream put its numbers elsewhere."""
         if not self._include_usage or self._usage_sent or self._raw_usage is None:
             return None
-        return msgspec.json.encode(
-            {**self._frame, "model": self._model, "choices": [], "usage": self._raw_usage}
-        )
+        return msgspec.json.encode({**self._frame, "model": self._model, "choices": [], "usage": self._raw_usage})
 
 
 def _relayed_body(data: bytes, model: str, upstream: str) -> RelayedBody:

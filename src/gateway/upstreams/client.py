@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from gateway.errors import ConfigError, GatewayError, UpstreamMalformed
+from gateway.errors import AgentMisconfigured, ConfigError, GatewayError, UpstreamMalformed
 from gateway.observability.logs import log_event
-from gateway.upstreams.config import Api, UpstreamConfig
+from gateway.upstreams.config import HEADER_NAME, HEADER_VALUE, OWN_HEADERS, Api, UpstreamConfig
 from gateway.upstreams.failures import failure_of_status
 from gateway.upstreams.http1 import Exchange, Origin, Transport, open_tls
 from gateway.upstreams.judging import CHAT_PATH, judge_for
@@ -186,11 +186,13 @@ class HttpUpstream(Upstream):
         port = parts.port or (443 if tls is not None else 80)
         self._transport = Transport(Origin(config.name, host, port, tls), config.timeouts, config.limits)
         self._prefix = parts.path.rstrip("/")
-        self._query = f"?{parts.query}" if parts.query else ""
-        self._common = _header_block(config, parts.netloc)
+        self._query = parts.query
+        self._headers = _headers_of(config, parts.netloc)
+        self._common = _header_block(self._headers)
 
     async def probe(self) -> None:
-        head = f"GET {self._prefix}{self.config.health_path}{self._query} HTTP/1.1\r\n".encode("ascii")
+        """See `Upstream.probe`."""
+        head = f"GET {self._target(self.config.health_path)} HTTP/1.1\r\n".encode("ascii")
         seconds = self.config.health_timeout_s
         timeouts = msgspec.structs.replace(
             self.config.timeouts,
@@ -209,9 +211,11 @@ class HttpUpstream(Upstream):
             raise UpstreamMalformed(f"The upstream '{self.name}' does not answer {self.config.health_path} with JSON.")
 
     def retire(self) -> None:
+        """See `Upstream.retire`."""
         self._transport.retire()
 
     async def aclose(self) -> None:
+        """See `Upstream.aclose`."""
         self._transport.abort()
         await asyncio.sleep(0)  # sockets close in the next turn of the loop
 
@@ -281,19 +285,24 @@ class HttpUpstream(Upstream):
     def _head(
         self, path: str, body: bytes, accept: bytes, request_id: str | None, headers: Mapping[str, str] | None
     ) -> bytes:
-        extra = dict(headers or ())
+        common = self._common
+        if headers:
+            given = {name.lower(): value for name, value in headers.items() if name.lower() not in OWN_HEADERS}
+            common = _header_block({**self._headers, **given})
         if request_id is not None and request_id.isascii() and request_id.isprintable():
-            extra["x-request-id"] = request_id
-        lines = b"".join([_header(name, value) for name, value in extra.items()])
-        return b"POST %b%b%b HTTP/1.1\r\n%b%b%bcontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % (
-            self._prefix.encode("ascii"),
-            path.encode("ascii"),
-            self._query.encode("ascii"),
-            self._common,
+            common += b"x-request-id: %b\r\n" % request_id.encode("ascii")
+        target = self._target(path).encode("ascii")
+        return b"POST %b HTTP/1.1\r\n%b%bcontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % (
+            target,
+            common,
             accept,
-            lines,
             len(body),
         )
+
+    def _target(self, path: str) -> str:
+        if not self._query:
+            return self._prefix + path
+        return f"{self._prefix}{path}{'&' if '?' in path else '?'}{self._query}"
 
 
 class _HttpEvents:
@@ -361,16 +370,16 @@ def _tls_of(config: UpstreamConfig) -> ssl.SSLContext:
         ) from error
 
 
-def _header_block(config: UpstreamConfig, netloc: str) -> bytes:
-    lines = {"host": netloc, "user-agent": "agent-gateway", "accept-encoding": "identity"}
+def _headers_of(config: UpstreamConfig, netloc: str) -> dict[str, str]:
+    headers = {"host": netloc, "user-agent": "agent-gateway", "accept-encoding": "identity"}
     if config.api_key:
-        lines["authorization"] = f"Bearer {config.api_key}"
-    lines.update({name.lower(): value for name, value in config.headers.items()})
-    return b"".join([_header(name, value) for name, value in lines.items()])
+        headers["authorization"] = f"Bearer {config.api_key}"
+    headers.update({name.lower(): value for name, value in config.headers.items()})
+    return headers
 
 
-def _header(name: str, value: str) -> bytes:
-    line = f"{name}: {value}"
-    if not line.isprintable() or not line.isascii():
-        raise ValueError(f"The header {name!r} has characters that a header cannot carry.")
-    return f"{line}\r\n".encode("ascii")
+def _header_block(headers: Mapping[str, str]) -> bytes:
+    for name, value in headers.items():
+        if not HEADER_NAME.match(name) or not HEADER_VALUE.match(value):
+            raise AgentMisconfigured(f"The header {name[:64]!r} has characters that a header cannot carry.")
+    return "".join([f"{name}: {value}\r\n" for name, value in headers.items()]).encode("ascii")

@@ -53,6 +53,22 @@ OPENAI_MODELS = (
 
 DEMO_MODEL = "demo"
 
+HEADER_NAME = re.compile(r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
+HEADER_VALUE = re.compile(r"^[\x20-\x7e]*\Z")
+OWN_HEADERS = frozenset(
+    (
+        "host",
+        "content-length",
+        "content-type",
+        "transfer-encoding",
+        "accept-encoding",
+        "connection",
+        "expect",
+        "upgrade",
+    )
+)
+"""Headers that the client itself writes."""
+
 
 class Timeouts(Struct, frozen=True, kw_only=True):
     """The four deadlines of a call, in seconds.
@@ -176,19 +192,11 @@ _PRESETS: dict[str, str] = {
     "vllm": "http://127.0.0.1:8000/v1",
 }
 _ENV = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-_HEADER_NAME = re.compile(r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")
-_HEADER_VALUE = re.compile(r"^[\x20-\x7e]*$")
-_OWN_HEADERS = frozenset(
-    {"host", "content-length", "transfer-encoding", "connection", "accept-encoding", "content-type", "expect", "upgrade"}
-)
 
 
 def _variables(settings: Settings, env: Mapping[str, str]) -> dict[str, str]:
-    variables = dict(env)
-    for name, value in (("OPENAI_API_KEY", settings.openai_api_key), ("OPENAI_BASE_URL", settings.openai_base_url)):
-        if value:
-            variables[name] = value
-    return variables
+    kept = {"OPENAI_API_KEY": settings.openai_api_key, "OPENAI_BASE_URL": settings.openai_base_url}
+    return {**env, **{name: value for name, value in kept.items() if value}}
 
 
 def _openai_of(settings: Settings) -> UpstreamConfig:
@@ -212,9 +220,9 @@ def _complete(item: UpstreamConfig, variables: Mapping[str, str], *, literal_key
         raise ConfigError(f"{where}: base_url is missing; write the address up to and with /v1.")
     parts = _checked_url(base_url, f"{where}: base_url")
     for name, value in item.headers.items():
-        if not _HEADER_NAME.match(name) or name.lower() in _OWN_HEADERS:
+        if not HEADER_NAME.match(name) or name.lower() in OWN_HEADERS:
             raise ConfigError(f"{where}: headers: '{name}' cannot be set here.")
-        if not _HEADER_VALUE.match(value):
+        if not HEADER_VALUE.match(value):
             raise ConfigError(f"{where}: headers: the value of '{name}' has characters a header cannot carry.")
     return msgspec.structs.replace(
         item,
@@ -243,7 +251,7 @@ def _key(item: UpstreamConfig, variables: Mapping[str, str], where: str, literal
                 upstream=item.name,
                 message=f'{where}: api_key holds the key itself; write api_key: "${{SOME_VARIABLE}}" instead.',
             )
-    if key and not _HEADER_VALUE.match(key.strip()):
+    if key and not HEADER_VALUE.match(key.strip()):
         raise ConfigError(f"{where}: the API key has characters a header cannot carry.")
     return key.strip() if key else None
 
@@ -268,7 +276,7 @@ def _checked_url(text: str, where: str) -> SplitResult:
         (hostname or "").encode("idna")
     except ValueError as error:
         raise ConfigError(f"{where}: is not an address; write it like http://127.0.0.1:1234/v1.") from error
-    if parts.scheme not in ("http", "https") or not hostname or not _HEADER_VALUE.match(text) or " " in text:
+    if parts.scheme not in ("http", "https") or not hostname or not HEADER_VALUE.match(text) or " " in text:
         raise ConfigError(f"{where}: must start with http:// or https:// and name a host.")
     if parts.username is not None or parts.password is not None:
         raise ConfigError(f"{where}: holds a user name or password; put the key into api_key or headers.")

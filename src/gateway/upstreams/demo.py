@@ -25,13 +25,13 @@ class DemoUpstream(Upstream):
     """A deterministic model inside the process; it takes any model name."""
 
     async def probe(self) -> None:
-        return None
+        """Do nothing: there is nothing open."""
 
     def retire(self) -> None:
-        return None
+        """Do nothing: there is nothing open."""
 
     async def aclose(self) -> None:
-        return None
+        """Do nothing: there is nothing open."""
 
     async def _post(self, path: str, body: bytes, request_id: str | None, headers: Mapping[str, str] | None) -> bytes:
         return _Completion(self._decode(path, body), body).whole()
@@ -199,9 +199,7 @@ class _Completion:
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _finish(
-    said: Answer, request: _Request
-) -> tuple[Answer, Literal["stop", "length", "tool_calls"]]:
+def _finish(said: Answer, request: _Request) -> tuple[Answer, Literal["stop", "length", "tool_calls"]]:
     if said.calls:
         return said, "tool_calls"
     text = said.text

@@ -90,11 +90,14 @@ def words_of(text: str) -> list[str]:
 
 
 _STOP_WORDS = frozenset(
-    "a an and any are as at be by can could do does for from get give handle handles handoff has have hello help hi how i "
-    "in into is it its me my of on or please request return returns run say should show task tell text that the their "
-    "this to tool transfer use user using what when where which who will with would you your agent assistant named given "
-    "about all also current find look make value".split()
+    """
+    a about agent all also an and any are as assistant at be by can could current do does find for from get give given
+    handle handles handoff has have hello help hi how i in into is it its look make me my named of on or please request
+    return returns run say should show task tell text that the their this to tool transfer use user using value what
+    when where which who will with would you your
+    """.split()  # noqa: SIM905 — a list of words reads as words
 )
+_GREETINGS = {"hola": "spanish", "bonjour": "french", "hallo": "german", "guten": "german", "ciao": "italian"}
 _PLACE = re.compile(r"\b(?:in|at|for|near|from|to|of)\s+((?:[A-ZÀ-Þ][\w'’.-]*)(?:\s+(?:de\s+)?[A-ZÀ-Þ][\w'’-]*)*)")
 _ALSO = re.compile(r"\s*(?:,|and|or|&|,\s*and)\s+((?:[A-ZÀ-Þ][\w'’-]*)(?:\s+[A-ZÀ-Þ][\w'’-]*)*)")
 _CAPITALISED = re.compile(r"(?<![.?!]\s)(?<!^)\b([A-ZÀ-Þ][\w'’-]*(?:\s+[A-ZÀ-Þ][\w'’-]*)*)")
@@ -103,7 +106,10 @@ _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _EXPRESSION = re.compile(r"[-(]*\d[\d\s.+*/()^%-]*\d\)?|\d+")
 _EMAIL = re.compile(r"[\w.+-]+@[\w-]+\.[\w.-]+")
 _URL = re.compile(r"https?://[^\s<>\"']+")
-_DATE = re.compile(r"\b\d{4}-\d{2}-\d{2}\b|\b(?:today|tomorrow|yesterday|tonight|now)\b", re.I)
+_DATE = re.compile(r"\b\d{4}-\d{2}-\d{2}\b|\b(?:today|tomorrow|yesterday|tonight|now)\b", re.IGNORECASE)
+_WHOLE_TEXT = frozenset(
+    {"query", "question", "text", "message", "input", "prompt", "content", "body", "request", "reason"}
+)
 _LONGEST_ECHO = 300
 
 
@@ -121,7 +127,7 @@ def _text(situation: Situation) -> str:
 
 def _sentence(text: str) -> str:
     text = text.strip() or "The tool gave no result"
-    return text if text[-1] in ".!?…}])\"" else f"{text}."
+    return text if text[-1] in '.!?…}])"' else f"{text}."
 
 
 def _calls(situation: Situation) -> tuple[Call, ...]:
@@ -154,44 +160,41 @@ def _best(text: str, tools: Sequence[ToolOffer]) -> list[ToolOffer]:
     heard = _stems(text)
     handoffs = [tool for tool in tools if tool.name.startswith(HANDOFF_PREFIX)]
     plain = [tool for tool in tools if not tool.name.startswith(HANDOFF_PREFIX)]
-    named = [tool for tool in plain if heard & _stems(_spaced(tool.name))]
-    if named:
-        named.sort(key=lambda tool: -len(heard & _stems(_spaced(tool.name))))
-        most = len(heard & _stems(_spaced(named[0].name)))
-        # Tools that share one word ("search_web", "search_files") are rivals; different words ask for both.
-        chosen: list[ToolOffer] = []
-        used: set[str] = set()
-        for tool in named:
-            mentioned = heard & _stems(_spaced(tool.name))
-            if not mentioned & used and (len(mentioned) == most or len(chosen) == 0 or mentioned):
-                chosen.append(tool)
-                used |= mentioned
-        return chosen[:4]
-    for group in (handoffs, plain):
-        scored = [
-            (len(heard & _stems(f"{_spaced(tool.name)} {tool.description} {_property_words(tool, group is plain)}")), tool)
-            for tool in group
-        ]
-        score, tool = max(scored, key=lambda pair: pair[0], default=(0, None))
-        if tool is not None and score > 0:
-            return [tool]
-    if len(plain) == 1 and _evidence(plain[0], text):
-        return plain
-    return []
+    chosen: list[ToolOffer] = []
+    used: set[str] = set()
+    for tool in sorted(plain, key=lambda tool: -len(heard & _stems(_spaced(tool.name)))):
+        mentioned = heard & _stems(_spaced(tool.name))
+        # Tools that share a word ("search_web", "search_files") are rivals; different words ask for both.
+        if mentioned and not mentioned & used:
+            chosen.append(tool)
+            used |= mentioned
+    return chosen[:4] or _best_described(heard, handoffs) or _best_described(heard, plain) or _evident(text, plain)
 
 
-def _property_words(tool: ToolOffer, wanted: bool) -> str:
+def _best_described(heard: set[str], tools: Sequence[ToolOffer]) -> list[ToolOffer]:
+    best: list[ToolOffer] = []
+    most = 0
+    for tool in tools:
+        score = len(heard & _stems(f"{_spaced(tool.name)} {tool.description} {_property_words(tool)}"))
+        if score > most:
+            best, most = [tool], score
+    return best
+
+
+def _property_words(tool: ToolOffer) -> str:
     properties = tool.parameters.get("properties")
-    return " ".join(map(_spaced, properties)) if wanted and isinstance(properties, dict) else ""
+    if tool.name.startswith(HANDOFF_PREFIX) or not isinstance(properties, dict):
+        return ""
+    return " ".join(map(_spaced, properties))
 
 
-def _evidence(tool: ToolOffer, text: str) -> bool:
-    """Whether the message holds something only this tool's arguments could want, such as a sum for a calculator."""
-    properties = tool.parameters.get("properties")
-    if not isinstance(properties, dict) or not properties:
-        return False
+def _evident(text: str, tools: Sequence[ToolOffer]) -> list[ToolOffer]:
+    """Return the only tool if the message holds what its arguments want, such as a sum for a calculator."""
+    properties = tools[0].parameters.get("properties") if len(tools) == 1 else None
+    if not isinstance(properties, dict) or not _NUMBER.search(text):
+        return []
     kinds = {schema.get("type") for schema in properties.values() if isinstance(schema, dict)}
-    return bool(kinds & {"number", "integer"}) and bool(_NUMBER.search(text))
+    return list(tools) if kinds & {"number", "integer"} else []
 
 
 def _from_mention(text: str, tool: ToolOffer) -> str:
@@ -232,11 +235,14 @@ def _is_place(name: str) -> bool:
 
 
 def _spaced(name: str) -> str:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name.removeprefix(HANDOFF_PREFIX)).replace("_", " ").replace("-", " ").lower()
+    """Return the words of an identifier: ``transfer_to_billing_agent``, ``getWeather`` …"""
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name.removeprefix(HANDOFF_PREFIX))
+    return re.sub(r"[_-]", " ", spaced).lower()
 
 
 def _stems(text: str) -> set[str]:
-    return {_stem(word) for word in re.findall(r"[^\W_]+", text.lower()) if word not in _STOP_WORDS and len(word) > 1}
+    words = [_GREETINGS.get(word, word) for word in re.findall(r"[^\W_]+", text.lower())]
+    return {_stem(word) for word in words if word not in _STOP_WORDS and len(word) > 1}
 
 
 def _stem(word: str) -> str:
@@ -384,9 +390,10 @@ class _Filler:
         quoted = _QUOTED.search(text)
         if quoted:
             return quoted.group(1)
-        if hints & {"query", "question", "text", "message", "input", "prompt", "content", "body", "q", "request", "reason"}:
+        if hints & _WHOLE_TEXT:
             return text
-        after = re.search(rf"\b{re.escape(_spaced(name))}\b\s*(?:is|=|:|of|number|no\.?|#)?\s*([\w@./#-]+)", text, re.I)
+        mention = rf"\b{re.escape(_spaced(name))}\b\s*(?:is|=|:|of|number|no\.?|#)?\s*([\w@./#-]+)"
+        after = re.search(mention, text, re.IGNORECASE)
         if after:
             return after.group(1).rstrip(".")
         if hints & {"id", "number", "code"} and (match := re.search(r"\b[A-Za-z]*-?\d[\w-]*\b", text)):

@@ -31,12 +31,13 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 _CODE = re.compile(r"^[A-Za-z0-9_.:-]{1,64}$")
 _QUOTA_CODES = frozenset({"insufficient_quota", "billing_hard_limit_reached", "credit_balance_exhausted"})
 _CONTEXT_LENGTH = re.compile(
-    r"maximum context length|context length of|exceeds? the (available )?context|context (window|size) .{0,40}exceed", re.I
+    r"maximum context length|context length of|exceeds? the (available )?context|context (window|size) .{0,40}exceed",
+    re.IGNORECASE,
 )
 
 
 class Complaint:
-    """What an upstream's error object says, made safe to repeat; ``secrets`` (our key) are masked if they are echoed."""
+    """What an upstream's error object says, made safe to repeat: ``secrets`` (our key) are masked."""
 
     __slots__ = ("code", "message", "param", "status", "type")
 
@@ -54,7 +55,7 @@ class Complaint:
 
     @classmethod
     def of_body(cls, body: bytes, secrets: tuple[str, ...]) -> Complaint:
-        """Read OpenAI's ``{"error": {…}}``, FastAPI's ``{"detail": …}`` or a bare error object; anything else is empty."""
+        """Read OpenAI's ``{"error": {…}}``, FastAPI's ``{"detail": …}`` or a bare error object; else say nothing."""
         try:
             data = msgspec.json.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -70,8 +71,8 @@ def failure_of_status(
     """Map an answer with a status other than 2xx; ``asked`` is the body that was sent."""
     if 300 <= status < 400:
         return UpstreamError(
-            f"The upstream '{name}' answered with a redirect ({status}), which is not followed. Set its base_url to the "
-            "final address.",
+            f"The upstream '{name}' answered with a redirect ({status}), which is not followed. Set its base_url to "
+            "the final address.",
             should_retry=False,
         )
     complaint = Complaint.of_body(body, secrets)
@@ -106,9 +107,7 @@ def retry_after_s(headers: Mapping[bytes, bytes]) -> float | None:
     return seconds
 
 
-def _failure(
-    name: str, status: int, complaint: Complaint, wait_s: float | None, model: str | None
-) -> GatewayError:
+def _failure(name: str, status: int, complaint: Complaint, wait_s: float | None, model: str | None) -> GatewayError:
     said = f" It said: {complaint.message}" if complaint.message else ""
     if status in (400, 413, 422):
         return _rejected(name, status, complaint)
@@ -120,8 +119,8 @@ def _failure(
     if status == 404:
         asked = f"the model '{model}'" if model else "what was asked for"
         return UpstreamModelNotFound(
-            f"The upstream '{name}' does not have {asked}. See models, default_model and aliases in upstreams.yaml, and "
-            "whether base_url ends with /v1."
+            f"The upstream '{name}' does not have {asked}. See models, default_model and aliases in upstreams.yaml, "
+            "and whether base_url ends with /v1."
         )
     if status == 408:
         return UpstreamTimeout(f"The upstream '{name}' gave up waiting ({status}).{said}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -161,12 +162,14 @@ class Exchange:
     # The rest is called by the connection.
 
     def received_head(self, status: int, reusable: bool) -> None:
+        """Note status and headers."""
         self.status = status
         self.reusable = reusable
         self.head_complete = True
         self._wake()
 
     def received(self, data: bytes) -> None:
+        """Keep bytes of the body for the reader; stop the socket when it is slow."""
         if self._error is not None:
             return
         self._size += len(data)
@@ -181,6 +184,7 @@ class Exchange:
         self._wake()
 
     def finished(self) -> None:
+        """Note the proper end of the answer."""
         if self._error is not None:
             return
         self.complete = True
@@ -279,10 +283,12 @@ class Connection(asyncio.Protocol):
             self._socket.abort()
 
     def pause(self) -> None:
+        """Stop reading the socket."""
         if self._socket is not None and not self._socket.is_closing():
             self._socket.pause_reading()
 
     def resume(self) -> None:
+        """Read the socket again."""
         if self._socket is not None and not self._socket.is_closing():
             self._socket.resume_reading()
 
@@ -294,11 +300,13 @@ class Connection(asyncio.Protocol):
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the socket."""
         self._socket = cast(asyncio.Transport, transport)
         if self._lost:
             self._socket.abort()
 
     def data_received(self, data: bytes) -> None:
+        """Parse what came."""
         exchange = self._exchange
         if exchange is None or exchange.complete:
             # Bytes nobody asked for: whatever they are, this connection cannot be trusted with another request.
@@ -313,9 +321,6 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            if exchange.complete:
-                exchange.reusable = False
-                return
             self._refuse(exchange, f"sent an answer that is not valid HTTP/1.1 ({type(error).__name__})")
             return
         if not self._progress:
@@ -326,9 +331,11 @@ class Connection(asyncio.Protocol):
             self._unproductive = 0
 
     def eof_received(self) -> bool:
+        """Let the socket close."""
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Tell the exchange what the end of the connection means for it."""
         aborted, self._lost = self._lost, True
         self._owner.discard(self)
         exchange = self._exchange
@@ -357,12 +364,14 @@ class Connection(asyncio.Protocol):
     # httptools callbacks
 
     def on_message_begin(self) -> None:
+        """Note that an answer begins."""
         exchange = self._exchange
         if exchange is not None and exchange.complete:
             exchange.reusable = False
         self._length = None
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep the first value of each header."""
         exchange = self._exchange
         if exchange is None or exchange.head_complete:
             return
@@ -373,6 +382,7 @@ class Connection(asyncio.Protocol):
             exchange.headers[name] = b"given twice"
 
     def on_headers_complete(self) -> None:
+        """Judge how the body is framed."""
         exchange = self._exchange
         if exchange is None or exchange.head_complete:
             return
@@ -392,20 +402,20 @@ class Connection(asyncio.Protocol):
             self._length = b"0"
         compression = headers.get(b"content-encoding", b"identity").strip().lower()
         if compression not in (b"identity", b""):
-            self._refuse(
-                exchange, "sent a compressed answer although only uncompressed ones are accepted; switch compression off"
-            )
+            self._refuse(exchange, "sent a compressed answer, although only uncompressed ones are accepted")
             return
         self._progress = True
         exchange.received_head(status, self._length is not None and bool(self._parser.should_keep_alive()))
 
     def on_body(self, data: bytes) -> None:
+        """Pass body bytes on."""
         exchange = self._exchange
         self._progress = True
         if exchange is not None and not exchange.complete:
             exchange.received(data)
 
     def on_message_complete(self) -> None:
+        """Note the end of an answer."""
         if self._interim:
             self._interim = False
             return
@@ -415,6 +425,10 @@ class Connection(asyncio.Protocol):
             exchange.finished()
 
     def _refuse(self, exchange: Exchange, what: str) -> None:
+        if exchange.complete:
+            # Rubbish after a complete answer spoils the connection, not the answer.
+            exchange.reusable = False
+            return
         exchange.fail(UpstreamMalformed(f"The upstream '{self.origin.name}' {what}."))
         self.abort()
 
@@ -446,9 +460,7 @@ class Transport:
         """How many answers are being read."""
         return len(self._active)
 
-    async def send(
-        self, head: bytes, body: bytes, *, streamed: bool, timeouts: Timeouts | None = None
-    ) -> Exchange:
+    async def send(self, head: bytes, body: bytes, *, streamed: bool, timeouts: Timeouts | None = None) -> Exchange:
         """Send one request and return when the head of its answer is there; the caller closes the exchange.
 
         Raises `UpstreamUnreachable`, `UpstreamTimeout`, `UpstreamMalformed` or `UpstreamIncomplete`.
@@ -493,7 +505,8 @@ class Transport:
 
     def _end(self, exchange: Exchange) -> None:
         exchange.fail(
-            UpstreamUnreachable(f"The gateway closed its connections to the upstream '{self.origin.name}'."), at_once=True
+            UpstreamUnreachable(f"The gateway closed its connections to the upstream '{self.origin.name}'."),
+            at_once=True,
         )
         exchange.connection.abort()
 
@@ -557,6 +570,7 @@ class Transport:
     # Called by connections.
 
     def give_back(self, connection: Connection, exchange: Exchange) -> None:
+        """Keep a connection for the next request."""
         self._active.discard(exchange)
         if self._retired or connection.loop is not self._loop or len(self._idle) >= MAX_IDLE_CONNECTIONS:
             connection.abort()
@@ -567,15 +581,14 @@ class Transport:
             self._sweeper = self._loop.call_later(KEEP_ALIVE_S, self._sweep)
 
     def forget(self, exchange: Exchange) -> None:
+        """An exchange ended without a connection to keep."""
         self._active.discard(exchange)
 
     def discard(self, connection: Connection) -> None:
         """A connection closed while it was idle."""
         if connection.loop is self._loop and self._idle:
-            try:
+            with suppress(ValueError):
                 self._idle.remove(connection)
-            except ValueError:
-                pass
 
     def _sweep(self) -> None:
         self._sweeper = None

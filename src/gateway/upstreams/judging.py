@@ -32,8 +32,7 @@ class Judge(Protocol):
 
 def judge_for(path: str, upstream: str, secrets: tuple[str, ...]) -> Judge:
     """Return a fresh judge for one answer of ``path``; paths without rules of their own must be JSON, and no error."""
-    kind = {CHAT_PATH: ChatJudge, RESPONSES_PATH: ResponsesJudge}.get(path, JsonJudge)
-    return kind(upstream, secrets)
+    return _JUDGES.get(path.partition("?")[0], JsonJudge)(upstream, secrets)
 
 
 class JsonJudge:
@@ -44,14 +43,17 @@ class JsonJudge:
         self._secrets = secrets
 
     def body(self, data: bytes) -> None:
+        """Judge a whole answer."""
         answer = self._decode(_ANSWER, data)
         if _is_error(answer.error):
             raise self._said(answer.error)
 
     def event(self, data: bytes) -> None:
+        """Judge the next event."""
         self.body(data)
 
     def end(self) -> None:
+        """Judge the end."""
         return None
 
     def _decode(self, decoder: msgspec.json.Decoder[Any], data: bytes) -> Any:
@@ -87,6 +89,7 @@ class ChatJudge(JsonJudge):
         self._finished: set[int] = set()
 
     def body(self, data: bytes) -> None:
+        """Judge a whole answer."""
         answer = self._decode(_CHAT, data)
         if _is_error(answer.error):
             raise self._said(answer.error)
@@ -101,6 +104,7 @@ class ChatJudge(JsonJudge):
                 raise self._cut("sent an answer without a finish_reason, so it may be cut")
 
     def event(self, data: bytes) -> None:
+        """Judge the next event."""
         chunk = self._decode(_CHUNK, data)
         if _is_error(chunk.error):
             raise self._said(chunk.error)
@@ -112,9 +116,12 @@ class ChatJudge(JsonJudge):
                 self._open.add(choice.index)
 
     def end(self) -> None:
+        """Judge the end."""
         if not self._finished:
             raise self._cut(
-                "ended its stream before the answer was finished" if self._open else "ended its stream without an answer"
+                "ended its stream before the answer was finished"
+                if self._open
+                else "ended its stream without an answer"
             )
         if self._open:
             raise self._cut("ended its stream before every choice was finished")
@@ -128,6 +135,7 @@ class ResponsesJudge(JsonJudge):
         self._done = False
 
     def body(self, data: bytes) -> None:
+        """Judge a whole answer."""
         answer = self._decode(_RESPONSE, data)
         if _is_error(answer.error) or answer.status == "failed":
             raise self._said(answer.error)
@@ -137,6 +145,7 @@ class ResponsesJudge(JsonJudge):
             raise self._cut("cancelled its answer")
 
     def event(self, data: bytes) -> None:
+        """Judge the next event."""
         event = self._decode(_RESPONSE_EVENT, data)
         if event.type in ("response.completed", "response.incomplete"):
             self._done = True
@@ -148,11 +157,15 @@ class ResponsesJudge(JsonJudge):
             raise self._said(event.error)
 
     def end(self) -> None:
+        """Judge the end."""
         if not self._done:
             raise self._cut("ended its stream before the answer was finished")
 
 
 _NULL = Raw(b"null")
+
+
+_JUDGES: dict[str, type[JsonJudge]] = {CHAT_PATH: ChatJudge, RESPONSES_PATH: ResponsesJudge}
 
 
 class _Answer(Struct):

@@ -100,8 +100,8 @@ class UpstreamTable:
             near = difflib.get_close_matches(name, self.upstreams, 1)
             hint = f"Did you mean '{near[0]}'? " if near else ""
             raise UnknownUpstream(
-                f"There is no upstream '{name}'. {hint}Configured: {', '.join(self.upstreams)}. Correct the name, or add "
-                "it under upstreams in upstreams.yaml."
+                f"There is no upstream '{name}'. {hint}Configured: {', '.join(self.upstreams)}. Correct the name, or "
+                "add it under upstreams in upstreams.yaml."
             )
         return upstream
 
@@ -109,8 +109,8 @@ class UpstreamTable:
         literal = _literal_models(upstream)
         if upstream.config.default_model is None and len(literal) != 1:
             raise UnknownModel(
-                f"The agent names no model, and the upstream '{upstream.name}' has no default one. Set default_model of "
-                f"'{upstream.name}' in upstreams.yaml, or GATEWAY_DEFAULT_MODEL, or the agent's own model."
+                f"The agent names no model, and the upstream '{upstream.name}' has no default one. Set default_model "
+                f"of '{upstream.name}' in upstreams.yaml, or GATEWAY_DEFAULT_MODEL, or the agent's own model."
             )
         return ModelBinding(upstream, literal[0])
 
@@ -186,7 +186,7 @@ class OpenUpstreams:
             await upstream.aclose()
 
     async def refresh(self, config: UpstreamsConfig) -> UpstreamTable:
-        """Build and return the table of a new configuration; raise `ConfigError` and keep the old one if it is wrong."""
+        """Return the table of a new configuration; raise `ConfigError` and keep the old one if it is wrong."""
         old = self.table.upstreams
         table = self._build(config, old)
         for name, upstream in old.items():
