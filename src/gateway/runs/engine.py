@@ -57,13 +57,13 @@ class RunEngine:
                         await sink(event)
             outcome = "success"
         except TimeoutError as cause:
+            outcome = "failure"
             if not deadline.expired():
                 raise
             error = RunTimedOut(
-                f"The run passed its limit of {run.deadline_s:g} s. Ask for less, or raise the agent's 'timeout_s' or "
+                f"The run passed its limit of {run.deadline_s:g} s. Ask for a shorter answer, or raise the agent's 'timeout_s' or "
                 "GATEWAY_RUN_TIMEOUT_S."
             )
-            outcome = "failure"
             raise error from cause
         except GatewayError as failure:
             error, outcome = failure, "failure"
