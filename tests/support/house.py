@@ -98,6 +98,7 @@ def write_agent(agents: Path, name: str, instructions: str, *, extra: str = "", 
     """
     folder = agents / name
     folder.mkdir(parents=True, exist_ok=True)
-    text = f"from agents import Agent\n\n{extra}\nagent = Agent(name={name!r}, instructions={instructions!r}, tools=[{tools}])\n"
+    call = f"Agent(name={name!r}, instructions={instructions!r}, tools=[{tools}])"
+    text = f"from agents import Agent\n\n{extra}\nagent = {call}\n"
     (folder / ".agent.py.swap").write_text(text, encoding="utf-8")
     return (folder / ".agent.py.swap").rename(folder / "agent.py")
