@@ -36,7 +36,7 @@ def negotiate(accept: str | None, offered: tuple[str, ...]) -> str:
     Of equal weights the more exact wish wins, then the order of the offer.
     """
     wishes = [_wish(part) for part in accept.split(",")] if accept else []
-    best, best_rank = offered[0], (0.0, -1)
+    best, best_rank = offered[0], (0.0, 3)  # a weight of 0 is a refusal
     for media in offered:
         matches = [(exactness, weight) for pattern, weight in wishes if (exactness := _exactness(pattern, media)) >= 0]
         if matches:

@@ -1,0 +1,240 @@
+"""One JSON object per line, with its request id, and with nothing in it that should not be."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from gateway.observability.logs import (
+    JsonHandler,
+    bind,
+    bind_request_id,
+    clean_text,
+    configure_logging,
+    current_request_id,
+    log_event,
+)
+
+LOGGER = logging.getLogger("gateway.test")
+
+
+class Lines:
+    def __init__(self) -> None:
+        self.stream = io.StringIO()
+
+    def all(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.stream.getvalue().splitlines()]
+
+    def only(self) -> dict[str, Any]:
+        (line,) = self.all()
+        return line
+
+
+@pytest.fixture
+def lines() -> Iterator[Lines]:
+    """Logging as the gateway configures it, and as it was before afterwards."""
+    names = ["", "uvicorn", "uvicorn.error", "uvicorn.access", "asyncio", "httpcore", "httpx", "httpx2", "mcp"]
+    loggers = [logging.getLogger(name) for name in [*names, "openai", "openai.agents", "watchfiles"]]
+    before = [(logger, logger.level, list(logger.handlers), logger.propagate) for logger in loggers]
+    found = Lines()
+    configure_logging("info", found.stream)
+    yield found
+    logging.captureWarnings(False)
+    for logger, level, handlers, propagate in before:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
+        logger.propagate = propagate
+
+
+def test_a_line_has_its_fields_in_order_and_leaves_out_what_is_none(lines: Lines) -> None:
+    with bind_request_id("req-1"):
+        log_event(LOGGER, "tool.invoke", level=logging.WARNING, tool_name="weather", agent_id=None, duration_ms=1.5)
+    line = lines.only()
+    assert list(line) == [
+        "timestamp", "level", "logger", "event", "request_id", "message", "tool_name", "duration_ms",
+    ]  # fmt: skip
+    assert line["timestamp"].endswith("Z")
+    assert len(line["timestamp"]) == len("2026-01-01T00:00:00.000Z")
+    assert {k: line[k] for k in ("level", "logger", "event", "request_id", "message")} == {
+        "level": "warning",
+        "logger": "gateway.test",
+        "event": "tool.invoke",
+        "request_id": "req-1",
+        "message": "tool.invoke",
+    }
+
+
+def test_the_request_id_follows_the_task_and_its_children(lines: Lines) -> None:
+    async def one(request_id: str) -> None:
+        with bind_request_id(request_id):
+            await asyncio.gather(asyncio.create_task(inner()), asyncio.to_thread(log_event, LOGGER, "thread"))
+
+    async def inner() -> None:
+        await asyncio.sleep(0)
+        log_event(LOGGER, current_request_id() or "")
+
+    async def main() -> None:
+        await asyncio.gather(one("a"), one("b"))
+
+    asyncio.run(main())
+    assert sorted((line["event"], line["request_id"]) for line in lines.all()) == [
+        ("a", "a"),
+        ("b", "b"),
+        ("thread", "a"),
+        ("thread", "b"),
+    ]
+    assert current_request_id() is None
+
+
+def test_bound_fields_stand_on_every_line_inside(lines: Lines) -> None:
+    with bind_request_id("r"), bind(run_id="1", agent_id="default/weather"):
+        logging.getLogger("an.author").info("looked up %s", "Paris")
+    log_event(LOGGER, "after")
+    first, second = lines.all()
+    assert (first["message"], first["event"], first["run_id"], first["agent_id"]) == (
+        "looked up Paris",
+        None,
+        "1",
+        "default/weather",
+    )
+    assert "run_id" not in second
+
+
+def test_fields_of_ordinary_records_are_kept(lines: Lines) -> None:
+    logging.getLogger("an.author").info("hello", extra={"city": "Paris", "api_key": "sk-secret"})
+    line = lines.only()
+    assert (line["city"], line["api_key"]) == ("Paris", "***")
+    assert set(line) == {"timestamp", "level", "logger", "event", "request_id", "message", "city", "api_key"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["key", "api_key", "apiKey", "x-api-key", "hashed_key", "token", "access_token", "client_secret", "password",
+     "Authorization", "set-cookie", "proxy_authorization_header", "credentials"],
+)  # fmt: skip
+def test_a_field_named_like_a_secret_is_masked(lines: Lines, name: str) -> None:
+    log_event(LOGGER, "x", **{name: "canary"}, nested={"list": [{name: {"deep": "canary"}}]})
+    assert "canary" not in lines.stream.getvalue()
+
+
+@pytest.mark.parametrize(("name", "value"), [("key_id", "alice"), ("max_tokens", 5), ("token", 3), ("keyboard", "de")])
+def test_a_field_that_only_sounds_like_one_is_shown(lines: Lines, name: str, value: object) -> None:
+    log_event(LOGGER, "x", **{name: value})
+    assert lines.only()[name] == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Authorization: Bearer canary-0123",
+        "wrong key sk-gw-canary0123456789 given",
+        "https://user:canary@host/x",
+        "token eyJhbGciOiJI.eyJzdWIiOiJjYW5hcnk.canary",
+    ],
+)
+def test_a_secret_is_known_by_its_shape(lines: Lines, text: str) -> None:
+    try:
+        raise ValueError(text)
+    except ValueError as error:
+        log_event(LOGGER, "x", message=text, exc_info=error, detail=text, items=[text])
+    logging.getLogger("an.author").warning(text)
+    assert "canary" not in lines.stream.getvalue()
+    assert "***" in lines.stream.getvalue()
+
+
+def test_an_exception_is_told_with_its_traceback(lines: Lines) -> None:
+    try:
+        raise KeyError("city")
+    except KeyError as error:
+        log_event(LOGGER, "x", level=logging.ERROR, exc_info=error)
+        logging.getLogger("an.author").exception("it broke")
+    first, second = lines.all()
+    assert first["exception"]["type"] == "KeyError"
+    assert 'raise KeyError("city")' in first["exception"]["traceback"]
+    assert second["exception"]["message"] == "'city'"
+
+
+def test_no_text_can_end_a_line_or_drive_a_terminal(lines: Lines) -> None:
+    log_event(LOGGER, "x", user_agent='a\n{"level":"fake"}\x1b[31m\x9b31m\u202e\u2028\x00\ud800')
+    (raw,) = lines.stream.getvalue().splitlines()
+    assert raw.isprintable()
+    assert json.loads(raw)["level"] == "info"
+
+
+def test_long_and_deep_values_are_cut(lines: Lines) -> None:
+    deep: Any = "end"
+    for _ in range(20):
+        deep = {"in": deep}
+    log_event(LOGGER, "x", text="y" * 5_000, items=list(range(500)), deep=deep)
+    line = lines.only()
+    assert line["text"] == "y" * 2_000 + "… (3000 more characters)"
+    assert len(line["items"]) == 50
+    assert line["deep"] == {"in": {"in": {"in": {"in": "…"}}}}
+
+
+def test_odd_values_become_text(lines: Lines) -> None:
+    log_event(LOGGER, "x", ratio=float("nan"), when=object, raw=b"\xff", flag=True, level_=1)
+    line = lines.only()
+    assert (line["ratio"], line["when"], line["raw"], line["flag"]) == (None, "<class 'object'>", "b'\\xff'", True)
+
+
+def test_a_field_cannot_take_the_place_of_the_lines_own(lines: Lines) -> None:
+    log_event(LOGGER, "x", timestamp="never", request_id="other")
+    line = lines.only()
+    assert (line["request_id"], line["field_request_id"], line["field_timestamp"]) == (None, "other", "never")
+
+
+def test_uvicorn_speaks_json_and_leaves_its_access_log_out(lines: Lines) -> None:
+    logging.getLogger("uvicorn.error").info("Application startup complete.")
+    logging.getLogger("uvicorn.access").info("GET /")
+    assert lines.only()["logger"] == "uvicorn.error"
+    assert not logging.getLogger("uvicorn.access").propagate
+
+
+def test_chatty_libraries_stay_quiet_even_at_debug(lines: Lines) -> None:
+    configure_logging("debug", lines.stream)
+    for name in ("openai.agents", "httpx", "mcp", "asyncio"):
+        logging.getLogger(name).info("the whole prompt")
+    logging.getLogger("gateway.x").debug("heard")
+    assert [line["message"] for line in lines.all()] == ["heard"]
+
+
+def test_warnings_are_lines_too(lines: Lines) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logging.captureWarnings(True)
+        warnings.warn("old ways", stacklevel=1)
+        logging.captureWarnings(False)
+    assert "old ways" in lines.only()["message"]
+
+
+def test_configuring_twice_writes_once(lines: Lines) -> None:
+    configure_logging("info", lines.stream)
+    log_event(LOGGER, "x")
+    assert len(lines.all()) == 1
+
+
+def test_a_closed_stream_costs_the_line_and_nothing_else() -> None:
+    stream = io.StringIO()
+    stream.close()
+    JsonHandler(stream).emit(logging.LogRecord("a", logging.INFO, "", 0, "lost", (), None))
+
+
+def test_a_quiet_level_builds_nothing(lines: Lines) -> None:
+    class Costly:
+        def __str__(self) -> str:
+            raise AssertionError("must not be asked")
+
+    log_event(LOGGER, "x", level=logging.DEBUG, value=Costly())
+    assert lines.all() == []
+
+
+def test_clean_text_leaves_ordinary_text_alone() -> None:
+    assert clean_text("Grüße aus 東京 🎌, task-12") == "Grüße aus 東京 🎌, task-12"

@@ -1,0 +1,205 @@
+"""What is counted, under which names, and at what cost to the streams of the process."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from api.metrics import negotiate
+from gateway.observability.metrics import Metrics
+from gateway.observability.recent import ErrorRecord, RecentErrors
+
+
+def used() -> Metrics:
+    metrics = Metrics()
+    for streaming, seconds, outcome in ((True, 0.1, "success"), (False, 0.3, "failure")):
+        metrics.run_started("default/weather")
+        metrics.first_token("default/weather", 0.05)
+        metrics.run_finished("default/weather", streaming, outcome, seconds)
+    metrics.tokens("default/weather", 20, 7)
+    metrics.tool_invoked("get_weather", "function", "default/weather", "success", 0.01)
+    metrics.tool_invoked("get_weather", "function", "default/weather", "error", 0.03)
+    metrics.tool_invoked("get_weather", "mcp", "team/other", "success", 0.002)
+    metrics.upstream_request("demo", 200, 0.2)
+    metrics.upstream_request("demo", "timeout", 5)
+    metrics.dropin_failure("import")
+    metrics.dropin_failure("import")
+    metrics.agents({"ready": 3, "error": 1})
+    metrics.agents_refreshed("changed", 0.04)
+    metrics.http_request("/v1/chat/completions", "POST", 200, 0.1)
+    metrics.http_request("/v1/chat/completions", "POST", 0, 0.1)
+    metrics.error("caller", "model_not_found")
+    return metrics
+
+
+def samples(metrics: Metrics) -> dict[str, float]:
+    text, _ = asyncio.run(metrics.render())
+    return {
+        f"{s.name}{{{','.join(f'{k}={v}' for k, v in sorted(s.labels.items()))}}}": s.value
+        for family in parse_text(text.decode())
+        for s in family.samples
+    }
+
+
+def test_the_names_that_dashboards_know() -> None:
+    found = samples(used())
+    tool = "tool=get_weather"
+    weather = "operation_name=chat,request_model=default/weather"
+    expected = {
+        "agent_gateway_requests_total{streaming=true}": 1,
+        "agent_gateway_requests_total{streaming=false}": 1,
+        "agent_gateway_request_latency_ms_sum{}": 400,
+        "agent_gateway_request_latency_ms_bucket{le=1600.0}": 2,
+        "agent_gateway_request_latency_ms_bucket{le=600000.0}": 2,
+        "agent_gateway_runs_total{model=default/weather,outcome=failure}": 1,
+        "agent_gateway_in_flight_requests{}": 0,
+        f"agent_gateway_tool_invocations_total{{provider=function,source=default/weather,status=error,{tool}}}": 1,
+        "agent_gateway_tool_latency_ms_count{provider=function,source=default/weather,tool=get_weather}": 2,
+        "agent_gateway_upstream_requests_total{status=200,upstream=demo}": 1,
+        "agent_gateway_upstream_requests_total{status=timeout,upstream=demo}": 1,
+        "agent_gateway_upstream_latency_ms_count{upstream=demo}": 2,
+        "agent_gateway_dropin_failures_total{kind=import}": 2,
+        "agent_gateway_agents{status=ready}": 3,
+        "agent_gateway_agents{status=stale}": 0,
+        "agent_gateway_agents_refresh_duration_ms_count{outcome=changed}": 1,
+        "agent_gateway_http_requests_total{method=POST,route=/v1/chat/completions,status=200}": 1,
+        "agent_gateway_http_requests_total{method=POST,route=/v1/chat/completions,status=499}": 1,
+        "agent_gateway_errors_total{code=model_not_found,domain=caller}": 1,
+        f"gen_ai_server_time_to_first_token_count{{{weather}}}": 2,
+        f"gen_ai_server_request_duration_sum{{{weather}}}": 0.4,
+        f"gen_ai_client_token_usage_sum{{{weather},token_type=input}}": 20,
+        f"gen_ai_client_token_usage_sum{{{weather},token_type=output}}": 7,
+    }
+    assert {name: found.get(name) for name in expected} == pytest.approx(expected)
+    assert not any("_created" in name for name in found)
+
+
+def test_the_json_snapshot_is_the_documented_one() -> None:
+    assert used().snapshot() == {
+        "total_requests": 2,
+        "streaming_requests": 1,
+        "average_latency_ms": 200.0,
+        "max_latency_ms": 300.0,
+        "min_latency_ms": 100.0,
+        "tool_invocations": 3,
+        "tool_failures": 1,
+        "average_tool_latency_ms": 14.0,
+        "tool_breakdown": {
+            "get_weather": {
+                "default/weather": {"provider": "function", "count": 2, "failures": 1, "latency_ms": 20.0},
+                "team/other": {"provider": "mcp", "count": 1, "failures": 0, "latency_ms": 2.0},
+            }
+        },
+        "dropin_failures": {"import": 2},
+    }
+
+
+def test_an_unused_gateway_has_zeros() -> None:
+    snapshot = Metrics().snapshot()
+    assert {value for value in snapshot.values() if not isinstance(value, dict)} == {0}
+
+
+def test_runs_under_way_are_a_gauge() -> None:
+    metrics = Metrics()
+    metrics.run_started("a/b")
+    metrics.run_started("a/b")
+    metrics.run_finished("a/b", True, "cancelled", 1)
+    assert samples(metrics)["agent_gateway_in_flight_requests{}"] == 1
+
+
+def test_both_formats_hold_every_family_and_parse() -> None:
+    async def both() -> tuple[tuple[bytes, str], tuple[bytes, str]]:
+        metrics = used()
+        return await metrics.render(), await metrics.render(openmetrics=True)
+
+    (text, plain_type), (openmetrics, open_type) = asyncio.run(both())
+    assert plain_type.startswith("text/plain; version=0.0.4")
+    assert open_type.startswith("application/openmetrics-text; version=1.0.0")
+    assert openmetrics.endswith(b"# EOF\n")
+    assert openmetrics.count(b"# EOF") == 1
+    assert text.count(b"# EOF") == 0
+    assert len(list(parse_openmetrics(openmetrics.decode()))) == len(list(parse_text(text.decode())))
+
+
+def test_two_processes_worth_of_metrics_do_not_meet() -> None:
+    first, second = used(), Metrics()
+    assert second.snapshot()["total_requests"] == 0
+    assert first.registry is not second.registry
+
+
+def test_labels_are_bounded_and_cut() -> None:
+    metrics = Metrics()
+    for number in range(1_200):
+        metrics.tool_invoked(f"tool-{number}" + "x" * 500, "mcp", "a/b", "success", 0)
+        metrics.first_token(f"a/{number}", 0.1)
+    found = samples(metrics)
+    names = {name for name in found if name.startswith("agent_gateway_tool_invocations_total")}
+    assert len(names) == 1_001
+    assert found["agent_gateway_tool_invocations_total{provider=other,source=other,status=other,tool=other}"] == 200
+    assert max(len(name) for name in names) < 300
+    assert metrics.snapshot()["tool_breakdown"]["other"]["other"]["count"] == 200
+
+
+def test_a_scrape_of_many_label_sets_lets_the_loop_turn() -> None:
+    metrics = Metrics()
+    for number in range(500):
+        metrics.first_token(f"a/{number}", 0.1)
+    turns = 0
+
+    async def scrape() -> int:
+        nonlocal turns
+        done = asyncio.create_task(metrics.render())
+        while not done.done():
+            turns += 1
+            await asyncio.sleep(0)
+        return len((await done)[0])
+
+    size = asyncio.run(scrape())
+    assert size > 500_000
+    assert turns > 20
+
+
+def test_counting_is_cheap() -> None:
+    """A guard against looking children up by label on every call; ten times what it takes on a quiet machine."""
+    metrics = used()
+    started = time.process_time()
+    for _ in range(2_000):
+        metrics.http_request("/v1/models", "GET", 200, 0.001)
+    assert (time.process_time() - started) / 2_000 < 50e-6
+
+
+def test_recent_errors_keep_the_last_ones_newest_first() -> None:
+    recent = RecentErrors(capacity=3)
+    for number in range(5):
+        recent.add(ErrorRecord(event="run.failed", message=str(number)))
+    assert [record.message for record in recent.list_errors()] == ["4", "3", "2"]
+
+
+JSON, TEXT, OPEN = "application/json", "text/plain", "application/openmetrics-text"
+
+
+@pytest.mark.parametrize(
+    ("accept", "chosen"),
+    [
+        (None, JSON),
+        ("", JSON),
+        ("*/*", JSON),
+        ("application/json", JSON),
+        ("text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8", JSON),
+        ("text/plain", TEXT),
+        ("text/*", TEXT),
+        ("text/plain, */*", TEXT),
+        ("application/openmetrics-text", OPEN),
+        ("application/openmetrics-text;version=1.0.0;q=0.8,text/plain;version=0.0.4;q=0.5,*/*;q=0.1", OPEN),
+        ("text/plain;q=0.4, application/json", JSON),
+        ("text/plain;q=nonsense", JSON),
+        ("application/json;q=0, */*", TEXT),
+        ("image/png", JSON),
+    ],
+)
+def test_accept_chooses_the_format(accept: str | None, chosen: str) -> None:
+    assert negotiate(accept, (JSON, TEXT, OPEN)) == chosen
