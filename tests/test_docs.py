@@ -11,7 +11,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -24,6 +23,7 @@ from gateway.config import Settings
 from gateway.errors import GatewayError
 from gateway.security.config import SecurityConfig
 from gateway.upstreams.config import UpstreamsConfig
+from gateway_cli.errors import CliError
 from gateway_cli.main import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,26 +69,34 @@ def log_events() -> set[str]:
 
 
 def diagnostic_codes() -> set[str]:
-    """Every literal ``code=`` of a Diagnostic, whether it is made directly or through a function that makes one."""
+    """The literal code of every diagnostic: ``Diagnostic(code=…)``, ``diagnose(dropin, code, …)`` and the like."""
+    positions = {"diagnose": 1, "SourceRefused": 1}
     found = set()
-    for path, tree in trees():
-        if path.relative_to(SRC).parts[:2] not in {("gateway", "registry"), *_adapter_parts()}:
-            continue
+    for _, tree in trees():
         for node in ast.walk(tree):
-            if isinstance(node, ast.keyword) and node.arg == "code":
-                found |= {leaf.value for leaf in ast.walk(node.value) if _is_word(leaf)}
-            elif isinstance(node, ast.Assign) and any(_name(target) == "code" for target in node.targets):
-                found |= {leaf.value for leaf in ast.walk(node.value) if _is_word(leaf)}
+            if not isinstance(node, ast.Call):
+                continue
+            name = _name(node.func)
+            arguments = [keyword.value for keyword in node.keywords if keyword.arg == "code" and name == "Diagnostic"]
+            if name in positions and len(node.args) > positions[name]:
+                arguments.append(node.args[positions[name]])
+            for argument in arguments:
+                found |= _literals(argument, tree)
     return found
 
 
-def _adapter_parts() -> Iterator[tuple[str, ...]]:
-    loading = ("loader.py", "exports.py", "preflight.py", "declarative.py")
-    return (("sdk_adapter", name) for name in loading)
-
-
-def _is_word(node: ast.AST) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier()
+def _literals(node: ast.expr, tree: ast.Module) -> set[str]:
+    """The texts an expression may be; a plain name may be whatever the module assigns to it."""
+    if isinstance(node, ast.Name):
+        values = [
+            item.value
+            for item in ast.walk(tree)
+            if isinstance(item, ast.Assign) and any(_name(target) == node.id for target in item.targets)
+        ]
+        return {text for value in values for text in _literals(value, tree) if not isinstance(value, ast.Name)}
+    if isinstance(node, ast.IfExp):
+        return _literals(node.body, tree) | _literals(node.orelse, tree)
+    return {node.value} if isinstance(node, ast.Constant) and isinstance(node.value, str) else set()
 
 
 def _name(node: ast.expr) -> str:
@@ -211,7 +219,7 @@ def test_every_command_line_named_is_one_the_command_accepts() -> None:
             words = shlex.split(found.group(1).partition(" #")[0])
             try:
                 build_parser().parse_args([word for word in words if word not in ("…", "...")])
-            except Exception as error:
+            except CliError as error:
                 refused.append(f"{path.relative_to(ROOT)}: {line.strip()}: {error}")
     assert not refused, "\n".join(refused)
 
