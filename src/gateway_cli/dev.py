@@ -84,7 +84,7 @@ class _Startup:
 def _serve(settings: Settings, listener: socket.socket) -> int:
     app = _Startup(settings)
     config = uvicorn.Config(
-        app,  # type: ignore[arg-type]
+        app,
         loop="uvloop" if importlib.util.find_spec("uvloop") else "asyncio",
         http="httptools",
         ws="none",

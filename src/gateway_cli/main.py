@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # The reader of our output is gone (`gateway list | head`); leave nothing for the interpreter to flush.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return 1
     return status
 
