@@ -1,0 +1,377 @@
+"""The client that the SDK's OpenAI model classes talk to: JSON over a gateway upstream, no HTTP library in between.
+
+`UpstreamClient` has the few attributes that `OpenAIChatCompletionsModel` and `OpenAIResponsesModel` use. It records
+what those classes lose (the true ``finish_reason``, usage of failed turns) and keeps them from turning a truncated
+or filtered answer into an exception.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Mapping
+from contextlib import aclosing
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlencode, urlsplit
+
+import msgspec
+from openai import NotGiven, Omit
+from openai.types import CompletionUsage
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.responses import Response, ResponseStreamEvent, ResponseUsage
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from gateway.errors import UpstreamError, UpstreamIncomplete, UpstreamMalformed
+from gateway.events import FinishReason, Usage
+from sdk_adapter.scope import Level
+
+if TYPE_CHECKING:
+    from gateway.upstreams.table import Upstream
+
+T = TypeVar("T")
+
+_CHARACTERS_PER_TOKEN = 4
+"""For estimates only, where an upstream gives no usage; they are flagged as estimates."""
+
+_FINISH: dict[str, FinishReason] = {
+    "length": "length",
+    "max_tokens": "length",
+    "max_output_tokens": "length",
+    "content_filter": "content_filter",
+    "tool_calls": "tool_calls",
+    "function_call": "tool_calls",
+}
+_NOT_BODY = frozenset({"extra_headers", "extra_query", "extra_body", "timeout"})
+
+
+class CallRecord:
+    """What one model call did; added to the run's usage exactly once, also when the call fails half way."""
+
+    __slots__ = ("_answered", "_closed", "_level", "_request_bytes", "_text_chars", "_usage", "finish_reason")
+
+    def __init__(self, level: Level | None) -> None:
+        self._level = level
+        self._request_bytes = self._text_chars = 0
+        self._usage: Usage | None = None
+        self._answered = self._closed = False
+        self.finish_reason: FinishReason | None = None
+
+    def asked(self, request_bytes: int) -> None:
+        """Start a call (a record serves the calls of one model object, one after the other)."""
+        self._request_bytes, self._text_chars, self._usage = request_bytes, 0, None
+        self._answered = self._closed = False
+        self.finish_reason = None
+
+    def finished(self, reason: str | None) -> None:
+        """Note how the answer ended."""
+        self._answered = True
+        self.finish_reason = _FINISH.get(reason or "stop", "stop")
+        if self._level is not None:
+            self._level.finish_reason = self.finish_reason
+
+    def wrote(self, characters: int) -> None:
+        """Note how much came, for the estimate."""
+        self._answered = True
+        self._text_chars += characters
+
+    def used(self, usage: Usage) -> None:
+        """Note the upstream's own numbers; of several, the last counts."""
+        self._answered = True
+        self._usage = usage
+
+    def close(self) -> None:
+        """Account for the call."""
+        if self._closed or not self._answered:
+            return
+        self._closed = True
+        if self._level is not None:
+            self._level.scope.add_usage(self._usage or self._estimate())
+
+    def _estimate(self) -> Usage:
+        return Usage(
+            input_tokens=self._request_bytes // _CHARACTERS_PER_TOKEN,
+            output_tokens=-(-self._text_chars // _CHARACTERS_PER_TOKEN),
+            requests=1,
+            estimated=True,
+        )
+
+
+class UpstreamClient:
+    """Looks like ``AsyncOpenAI`` to the SDK's model classes; sends to one upstream.
+
+    ``base_url`` is the upstream's, except for api.openai.com: the SDK would switch on storing of completions there.
+    """
+
+    def __init__(self, upstream: Upstream, level: Level | None) -> None:
+        official = urlsplit(str(upstream.base_url or "")).hostname == "api.openai.com"
+        self.base_url = "" if official else str(upstream.base_url or "")
+        self.record = CallRecord(level)
+        self.chat = _Chat(upstream, level, self.record)
+        self.responses = _Responses(upstream, level, self.record)
+
+    def with_options(self, **_: Any) -> UpstreamClient:
+        """Return itself: there are no retries of a client's own to switch off."""
+        return self
+
+    async def close(self) -> None:
+        """Do nothing: the upstream belongs to the gateway."""
+
+
+class _Chat:
+    def __init__(self, upstream: Upstream, level: Level | None, record: CallRecord) -> None:
+        self.completions = _ChatCompletions(upstream, level, record)
+
+
+class _ChatCompletions:
+    def __init__(self, upstream: Upstream, level: Level | None, record: CallRecord) -> None:
+        self._upstream, self._level, self._record = upstream, level, record
+
+    async def create(self, **kwargs: Any) -> ChatCompletion | AsyncGenerator[ChatCompletionChunk, None]:
+        """Send a chat completion request; the SDK passes what ``chat.completions.create`` takes."""
+        if self._upstream.config.provider == "openai" and not _is_absent(kwargs.get("max_tokens")):
+            kwargs["max_completion_tokens"] = kwargs.pop("max_tokens")
+        body, arguments = _encode_request(kwargs, self._level)
+        _refuse_query(kwargs)
+        self._record.asked(len(body))
+        if kwargs.get("stream") is True:
+            return self._chunks(_at_home(self._level, self._upstream.chat_stream(body, **arguments)))
+        data = await _run_at_home(self._level, self._upstream.chat(body, **arguments))
+        completion = _parse(ChatCompletion, data)
+        try:
+            self._settle(completion)
+        finally:
+            self._record.close()
+        return completion
+
+    def _settle(self, completion: ChatCompletion) -> None:
+        if completion.usage is not None:
+            self._record.used(_usage_of_chat(completion.usage))
+        for choice in (completion.choices or ())[:1]:
+            self._record.finished(choice.finish_reason)
+            self._record.wrote(len(choice.message.content or ""))
+            if self._record.finish_reason in ("length", "content_filter"):
+                choice.finish_reason = "stop"
+
+    async def _chunks(self, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[ChatCompletionChunk, None]:
+        record = self._record
+        try:
+            async with aclosing(events):
+                async for data in events:
+                    chunk = _parse(ChatCompletionChunk, data)
+                    if chunk.usage is not None:
+                        record.used(_usage_of_chat(chunk.usage))
+                    for choice in chunk.choices or ():
+                        record.wrote(len(choice.delta.content or ""))
+                        if choice.finish_reason is not None:
+                            record.finished(choice.finish_reason)
+                            if record.finish_reason in ("length", "content_filter"):
+                                choice.finish_reason = "stop"
+                    yield chunk
+        finally:
+            record.close()
+
+
+class _Responses:
+    def __init__(self, upstream: Upstream, level: Level | None, record: CallRecord) -> None:
+        self._upstream, self._level, self._record = upstream, level, record
+
+    async def create(self, **kwargs: Any) -> Response | AsyncGenerator[ResponseStreamEvent, None]:
+        """Send a Responses request; the SDK passes what ``responses.create`` takes."""
+        _move_response_format(kwargs)
+        body, arguments = _encode_request(kwargs, self._level)
+        path = "/responses" + _query(kwargs)
+        self._record.asked(len(body))
+        if kwargs.get("stream") is True:
+            return self._events(_at_home(self._level, self._upstream.stream(path, body, **arguments)))
+        data = await _run_at_home(self._level, self._upstream.post(path, body, **arguments))
+        response = _parse(Response, data)
+        try:
+            self._settle(response)
+        finally:
+            self._record.close()
+        return response
+
+    def _settle(self, response: Response) -> None:
+        """Record usage and the end; a truncated or filtered answer goes on as a completed one."""
+        if response.usage is not None:
+            self._record.used(_usage_of_response(response.usage))
+        if response.status == "failed" or response.error is not None:
+            raise UpstreamError(_failure(response))
+        if response.status == "incomplete":
+            details = response.incomplete_details
+            self._record.finished((details.reason if details else None) or "length")
+            response.status = "completed"
+        else:
+            calls = any(item.type == "function_call" for item in response.output or ())
+            self._record.finished("tool_calls" if calls else "stop")
+
+    async def _events(self, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[ResponseStreamEvent, None]:
+        ended = False
+        try:
+            async with aclosing(events):
+                async for data in events:
+                    event = _parse_response_event(data)
+                    if event is None:
+                        continue
+                    if event.type == "response.output_text.delta":
+                        self._record.wrote(len(event.delta))
+                    elif event.type == "error":
+                        raise UpstreamError(f"The upstream ended its answer with an error: {event.message}")
+                    elif event.type == "response.failed":
+                        raise UpstreamError(_failure(event.response))
+                    elif event.type in ("response.completed", "response.incomplete"):
+                        ended = True
+                        self._settle(event.response)
+                        event.type = "response.completed"
+                    yield event
+            if not ended:
+                raise UpstreamIncomplete("The upstream's answer ended before it was finished.")
+        finally:
+            self._record.close()
+
+
+def _is_absent(value: Any) -> bool:
+    return value is None or isinstance(value, Omit | NotGiven)
+
+
+def _encode_request(kwargs: dict[str, Any], level: Level | None) -> tuple[bytes, dict[str, Any]]:
+    """Return the JSON body and the keyword arguments of the upstream's call."""
+    body = {name: value for name, value in kwargs.items() if name not in _NOT_BODY and not _is_absent(value)}
+    body.update(kwargs.get("extra_body") or {})
+    headers = {k: v for k, v in (kwargs.get("extra_headers") or {}).items() if k.lower() != "user-agent"}
+    arguments: dict[str, Any] = {"request_id": level.scope.run.request_id if level is not None else None}
+    if headers:
+        arguments["headers"] = headers
+    return msgspec.json.encode(body, enc_hook=_enc_hook), arguments
+
+
+def _enc_hook(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_unset=True)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, Iterable):
+        return list(value)
+    raise NotImplementedError(f"{type(value).__name__} has no JSON form")
+
+
+def _query(kwargs: dict[str, Any]) -> str:
+    query = kwargs.get("extra_query")
+    return f"?{urlencode(query)}" if query else ""
+
+
+def _refuse_query(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("extra_query"):
+        raise UpstreamError(
+            "'extra_query' in an agent's model settings is not sent to chat upstreams; use 'extra_body'."
+        )
+
+
+def _move_response_format(kwargs: dict[str, Any]) -> None:
+    """Spell a chat ``response_format`` as the Responses surface does."""
+    wanted = kwargs.pop("response_format", None)
+    if _is_absent(wanted):
+        return
+    spelled = {"type": wanted["type"], **wanted.get("json_schema", {})}
+    text = kwargs.get("text")
+    kwargs["text"] = {**(text if isinstance(text, dict) else {}), "format": spelled}
+
+
+M = TypeVar("M", ChatCompletion, ChatCompletionChunk, Response)
+
+
+def _parse(model: type[M], data: bytes) -> M:
+    """Parse strictly (fast); fall back to the official client's lenient construction for upstreams with quirks."""
+    try:
+        return model.model_validate_json(data)
+    except ValidationError:
+        pass
+    try:
+        fields = msgspec.json.decode(data)
+        if not isinstance(fields, dict):
+            raise UpstreamMalformed("The upstream's answer is not a JSON object.")
+        return model.construct(**fields)
+    except (msgspec.DecodeError, TypeError, ValueError) as error:
+        raise UpstreamMalformed("The upstream's answer is not what its protocol allows.") from error
+
+
+@lru_cache(maxsize=1)
+def _response_event_adapter() -> TypeAdapter[Any]:
+    """Built on first use: the union is large."""
+    return TypeAdapter(ResponseStreamEvent)
+
+
+def _parse_response_event(data: bytes) -> Any:
+    try:
+        return _response_event_adapter().validate_json(data)
+    except ValidationError:
+        pass
+    try:
+        fields = msgspec.json.decode(data)
+    except msgspec.DecodeError as error:
+        raise UpstreamMalformed("The upstream's stream holds something that is not JSON.") from error
+    if isinstance(fields, dict) and fields.get("type") in (
+        "response.completed",
+        "response.incomplete",
+        "response.failed",
+    ):
+        raise UpstreamMalformed("The upstream's last event is not what its protocol allows.")
+    return None
+
+
+def _failure(response: Response) -> str:
+    message = response.error.message if response.error is not None else "no reason given"
+    return f"The upstream could not finish its answer: {message}"
+
+
+def _usage_of_chat(usage: CompletionUsage) -> Usage:
+    into, out = usage.prompt_tokens_details, usage.completion_tokens_details
+    return Usage(
+        input_tokens=usage.prompt_tokens or 0,
+        output_tokens=usage.completion_tokens or 0,
+        cached_input_tokens=(getattr(into, "cached_tokens", None) or 0) if into is not None else 0,
+        reasoning_tokens=(getattr(out, "reasoning_tokens", None) or 0) if out is not None else 0,
+        requests=1,
+    )
+
+
+def _usage_of_response(usage: ResponseUsage) -> Usage:
+    into, out = usage.input_tokens_details, usage.output_tokens_details
+    return Usage(
+        input_tokens=usage.input_tokens or 0,
+        output_tokens=usage.output_tokens or 0,
+        cached_input_tokens=(getattr(into, "cached_tokens", None) or 0) if into is not None else 0,
+        reasoning_tokens=(getattr(out, "reasoning_tokens", None) or 0) if out is not None else 0,
+        requests=1,
+    )
+
+
+async def _run_at_home(level: Level | None, call: Coroutine[Any, Any, T]) -> T:
+    """Await on the gateway's loop: a sync tool that calls ``Runner.run_sync`` has a loop of its own in its thread."""
+    if level is None or level.scope.loop is asyncio.get_running_loop():
+        return await call
+    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call, level.scope.loop))
+
+
+def _at_home(level: Level | None, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    if level is None or level.scope.loop is asyncio.get_running_loop():
+        return events
+    return _forward(level.scope.loop, events)
+
+
+async def _forward(loop: asyncio.AbstractEventLoop, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    async def step() -> bytes | None:
+        return await anext(events, None)
+
+    try:
+        while (data := await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(step(), loop))) is not None:
+            yield data
+    finally:
+        asyncio.run_coroutine_threadsafe(_close(events), loop)
+
+
+async def _close(events: AsyncIterator[bytes]) -> None:
+    if isinstance(events, AsyncGenerator):
+        await events.aclose()

@@ -1,0 +1,82 @@
+"""One run's own copies of the agents it uses.
+
+Concurrent runs that share an SDK agent scan each other's state on every turn, so each run works on clones: of its
+first agent, of every handoff target, and of the first agent of every run inside it. Clones are made with
+`Agent.clone`, so that fields this file does not know pass through untouched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from agents import Agent, Handoff, Model, handoff
+
+from sdk_adapter.models import GatewayModel
+from sdk_adapter.scope import Level
+
+Customise = Callable[[Agent[Any]], dict[str, Any]]
+"""Returns further arguments for `Agent.clone` of one agent of the run."""
+
+
+class RunClones:
+    """The clones of one SDK run; asking twice for one agent gives the same clone."""
+
+    def __init__(self, level: Level | None, customise: Customise | None = None) -> None:
+        self._level = level
+        self._customise = customise
+        self._clones: dict[int, tuple[Agent[Any], Agent[Any]]] = {}
+
+    def treat_alike(self, agent: Agent[Any], clone: Agent[Any]) -> None:
+        """Make ``clone`` the copy of ``agent`` too."""
+        self._clones[id(agent)] = (agent, clone)
+
+    def clone_of(self, agent: Agent[Any]) -> Agent[Any]:
+        """Return this run's copy of an author's agent."""
+        known = self._clones.get(id(agent))
+        if known is not None:
+            return known[1]
+        changes: dict[str, Any] = {
+            "tools": list(agent.tools),
+            "handoffs": [self._bind(item) for item in agent.handoffs],
+            "instructions": off_the_loop(agent.instructions),
+        }
+        if isinstance(agent.model, Model) and not isinstance(agent.model, GatewayModel):
+            changes["model"] = GatewayModel(agent.model, self._level)
+        if self._customise is not None:
+            changes |= self._customise(agent)
+        clone = agent.clone(**changes)
+        self._clones[id(agent)] = (agent, clone)
+        self._clones[id(clone)] = (clone, clone)
+        return clone
+
+    def _bind(self, item: Agent[Any] | Handoff[Any, Any]) -> Handoff[Any, Any]:
+        original = handoff(item) if isinstance(item, Agent) else item
+        bound = copy.copy(original)
+        invoke = original.on_invoke_handoff
+
+        async def on_invoke(context: Any, arguments: str) -> Any:
+            target = await invoke(context, arguments)
+            return self.clone_of(target) if isinstance(target, Agent) else target
+
+        bound.on_invoke_handoff = on_invoke
+        return bound
+
+
+def off_the_loop(instructions: Any) -> Any:
+    """Return instructions whose plain (not async) callable runs in a worker thread; anything else as it is."""
+    if instructions is None or isinstance(instructions, str) or not callable(instructions):
+        return instructions
+    if inspect.iscoroutinefunction(instructions) or inspect.iscoroutinefunction(
+        getattr(instructions, "__call__", None)
+    ):
+        return instructions
+
+    async def threaded(context: Any, agent: Any) -> Any:
+        text = await asyncio.to_thread(instructions, context, agent)
+        return await text if inspect.isawaitable(text) else text
+
+    return threaded

@@ -1,0 +1,383 @@
+"""AgentExecutor: one admitted run → one SDK run → RunEvents.
+
+`prepare_agent` looks at an agent once per load and instruments it; every request then works on clones. See
+`sdk_adapter.translation` for what becomes an event, `sdk_adapter.failures` for what becomes an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from agents import Agent, RunConfig, Runner, RunResultStreaming
+from agents.items import ToolApprovalItem
+from agents.result import RunResultBase
+from agents.stream_events import StreamEvent
+
+from gateway.chat import ChatRequest
+from gateway.errors import GatewayError, ServiceUnavailable
+from gateway.events import FinishReason, RunEvent, RunFinished
+from gateway.observability.logs import log_event
+from gateway.registry.entry import AgentOptions
+from gateway.run import Run
+from sdk_adapter.client_tools import ClientTool, TurnMemory, client_tools_of, fitting_tools
+from sdk_adapter.cloning import RunClones
+from sdk_adapter.context import GatewayContext
+from sdk_adapter.failures import EarlyEnd, as_gateway_error, early_end, root_cause
+from sdk_adapter.guarding import Gate, InputVerdict
+from sdk_adapter.instrument import Survey, ToolStatus, observe_tools, survey
+from sdk_adapter.mcp_servers import McpServers
+from sdk_adapter.messages import Item, items_of
+from sdk_adapter.models import GatewayProvider
+from sdk_adapter.request_settings import RequestSettings
+from sdk_adapter.scope import MODEL_CALLS_PER_TURN, Level, RunScope, enter_level
+from sdk_adapter.services import AdapterServices
+from sdk_adapter.tracing import nobody_listens
+from sdk_adapter.translation import EventTranslator
+
+__all__ = ["AdapterServices", "AgentExecutor", "PreparedAgent", "prepare_agent"]
+
+_log = logging.getLogger("gateway.sdk_agent")
+
+_CLOSE_S = 5.0
+"""How long a cancelled run may take to put its things away."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedAgent:
+    """An agent ready to run, and what the loader judges it by.
+
+    ``models`` holds every reachable agent's name with the model name its author wrote (None: the default).
+    ``hosted_tools`` need an upstream that serves them; ``host_tools`` would act on the gateway's machine.
+    ``duplicate_tools`` are pairs of agent and tool name. ``tools`` are those of the entry agent.
+    """
+
+    executor: AgentExecutor
+    tools: tuple[str, ...]
+    models: tuple[tuple[str, str | None], ...]
+    hosted_tools: tuple[tuple[str, str], ...]
+    host_tools: tuple[tuple[str, str], ...]
+    brings_own_model: tuple[str, ...]
+    duplicate_tools: tuple[tuple[str, str], ...]
+    output_guardrails: bool
+    mcp_servers: tuple[str, ...]
+
+
+def prepare_agent(agent: Any, *, agent_id: str, options: AgentOptions, services: AdapterServices) -> PreparedAgent:
+    """Instrument an agent and everything it reaches, in place, and return what will execute it.
+
+    Raises `TypeError` for what is not an SDK agent. Connects to nothing: `AgentExecutor.open` does.
+    """
+    if not isinstance(agent, Agent):
+        raise TypeError(f"expected an agents.Agent, got {type(agent).__name__}")
+    entry = agent.clone(model=options.model) if options.model and not _has_own_model(agent) else agent
+    seen = survey(entry)
+    executor = AgentExecutor(agent, entry, agent_id=agent_id, options=options, services=services, seen=seen)
+    return PreparedAgent(
+        executor=executor,
+        tools=tuple(tool.name for tool in entry.tools),
+        models=seen.models,
+        hosted_tools=seen.hosted_tools,
+        host_tools=seen.host_tools,
+        brings_own_model=seen.brings_own_model,
+        duplicate_tools=seen.duplicate_tools,
+        output_guardrails=seen.output_guardrails,
+        mcp_servers=tuple(server.name for server in seen.mcp_servers),
+    )
+
+
+class AgentExecutor:
+    """Executes runs of one load of one agent (`gateway.run.Executor`)."""
+
+    def __init__(
+        self,
+        agent: Agent[Any],
+        entry: Agent[Any],
+        *,
+        agent_id: str,
+        options: AgentOptions,
+        services: AdapterServices,
+        seen: Survey,
+    ) -> None:
+        self._agent, self._entry = agent, entry
+        self._agent_id, self._options, self._services = agent_id, options, services
+        self._max_turns = options.max_turns or services.settings.agent_max_turns
+        self._must_guard = seen.output_guardrails
+        self._guarded = options.stream_mode == "guarded" or (options.stream_mode == "auto" and seen.output_guardrails)
+        self._provider = GatewayProvider(services.upstreams)
+        self._turns = TurnMemory()
+        self._mcp = McpServers(seen.mcp_servers, agent_id=agent_id, observe=self._observe)
+        self._running = 0
+        self._idle = asyncio.Event()
+        self._closed = False
+        for reached in seen.agents:
+            observe_tools(reached, self._observe)
+
+    async def open(self) -> None:
+        """Start connecting the agent's MCP servers; a server that cannot be reached fails only runs that need it."""
+        await self._mcp.open()
+
+    async def aclose(self) -> None:
+        """Wait for the last run, then close what this load of the agent holds open."""
+        while self._running:
+            self._idle.clear()
+            await self._idle.wait()
+        self._closed = True
+        await self._mcp.aclose()
+
+    async def execute(self, run: Run) -> AsyncGenerator[RunEvent, None]:
+        """Yield the run's events; raise `GatewayError` on failure; stop all work when closed or cancelled."""
+        request = run.request
+        if not isinstance(request, ChatRequest):
+            raise TypeError("an agent answers chat requests only")
+        with self._lease():
+            answer = self._answer(run, request)
+            async with aclosing(answer.events()) as events:
+                async for event in events:
+                    yield event
+
+    @contextmanager
+    def _lease(self) -> Iterator[None]:
+        if self._closed:
+            raise ServiceUnavailable("The agent was reloaded as this request began; send it again.", retry_after_s=0)
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
+
+    def _answer(self, run: Run, request: ChatRequest) -> _Answer:
+        """Judge the request against this agent; everything that can be refused is refused here."""
+        tools = client_tools_of(request, self._options.client_tools, run.principal)
+        scope = RunScope(
+            run=run,
+            table=self._services.upstreams(),
+            loop=asyncio.get_running_loop(),
+            model_call_limit=self._max_turns * MODEL_CALLS_PER_TURN,
+            upstream=self._options.upstream,
+            default_model=self._options.model or self._services.settings.default_model,
+            max_tool_hops=self._options.max_tool_hops,
+        )
+        level = Level(scope, client_tools=frozenset(tool.name for tool in tools))
+        settings = RequestSettings(request, self._options.max_completion_tokens)
+        waits = self._options.stream_mode == "auto" and run.streamed and not self._guarded
+        verdict = InputVerdict(self._entry.input_guardrails if waits else [])
+
+        def customise(agent: Agent[Any]) -> dict[str, Any]:
+            return self._changes(agent, settings, tools, verdict)
+
+        clones = RunClones(level, customise)
+        entry = clones.clone_of(self._entry)
+        clones.treat_alike(self._agent, entry)
+        return _Answer(
+            run=run,
+            level=level,
+            entry=entry,
+            items=items_of(request.messages, self._turns.of(run.principal.key_id)),
+            max_turns=self._max_turns,
+            config=RunConfig(
+                model_provider=self._provider,
+                workflow_name=self._agent_id,
+                group_id=run.session_id,
+                trace_metadata={"request_id": run.request_id, "run_id": run.id.hex},
+                trace_include_sensitive_data=False,
+                tracing_disabled=nobody_listens(),
+                tool_not_found_behavior="return_error_to_model",
+            ),
+            gate=Gate(guarded=self._guarded, verdict=verdict),
+            must_guard=self._must_guard,
+            turns=self._turns,
+            services=self._services,
+        )
+
+    def _changes(
+        self, agent: Agent[Any], settings: RequestSettings, tools: tuple[ClientTool, ...], verdict: InputVerdict
+    ) -> dict[str, Any]:
+        entry = agent is self._entry
+        changes: dict[str, Any] = {"model_settings": settings.over(agent, entry=entry)}
+        if fitting := fitting_tools(tools, agent, self._mcp.tool_names(agent)):
+            changes["tools"] = [*agent.tools, *fitting]
+        if entry and settings.tool_choice is not None:
+            # Without the reset, a forced tool would be called again in every turn.
+            changes["reset_tool_choice"] = True
+        if entry and verdict.pending:
+            changes["input_guardrails"] = verdict.watched
+        return changes
+
+    def _observe(self, tool: str, provider: str, agent: str, status: ToolStatus, seconds: float) -> None:
+        self._services.metrics.tool_invoked(tool, provider, "sdk", status, seconds)
+        log_event(
+            _log,
+            "tool.invoke",
+            level=logging.INFO if status == "success" else logging.WARNING,
+            tool_name=tool,
+            source="sdk",
+            provider=provider,
+            status=status,
+            agent=agent,
+            agent_id=self._agent_id,
+            duration_ms=round(seconds * 1000, 2),
+        )
+
+
+@dataclass(slots=True)
+class _Answer:
+    """One request being answered."""
+
+    run: Run
+    level: Level
+    entry: Agent[Any]
+    items: list[Item]
+    max_turns: int
+    config: RunConfig
+    gate: Gate
+    must_guard: bool
+    turns: TurnMemory
+    services: AdapterServices
+
+    async def events(self) -> AsyncGenerator[RunEvent, None]:
+        """Yield the events of the run, `RunFinished` last; log how it went."""
+        name = "sdk_agent.stream" if self.run.streamed else "sdk_agent"
+        started = time.perf_counter()
+        log_event(_log, f"{name}.start", **self._log_fields())
+        try:
+            async with aclosing(self._streamed() if self.run.streamed else self._whole()) as events:
+                async for event in events:
+                    yield event
+            log_event(_log, f"{name}.success", duration_ms=_since(started), **self._log_fields())
+        except Exception as error:  # noqa: BLE001 -- the border to the author's code: everything becomes a GatewayError
+            shown = as_gateway_error(error, self.run.model)
+            self._log_failure(f"{name}.failure", error, shown, _since(started))
+            if shown is error:
+                raise
+            raise shown from error
+        finally:
+            self.level.scope.finished = True
+
+    async def _whole(self) -> AsyncGenerator[RunEvent, None]:
+        translator = EventTranslator(self.level.client_tools)
+        try:
+            with enter_level(self.level):
+                result = await Runner.run(self.entry, cast(Any, self.items), **self._arguments())
+        except Exception as error:
+            end = early_end(error)
+            if end is None:
+                raise
+            for event in self._ended(end, translator):
+                yield event
+            return
+        for event in translator.whole(result):
+            yield event
+        yield self._finished(result)
+
+    async def _streamed(self) -> AsyncGenerator[RunEvent, None]:
+        translator = EventTranslator(self.level.client_tools)
+        with enter_level(self.level):
+            result = Runner.run_streamed(self.entry, cast(Any, self.items), **self._arguments())
+        try:
+            async with aclosing(cast("AsyncGenerator[StreamEvent, None]", result.stream_events())) as stream:
+                async for item in stream:
+                    for event in translator.feed(item):
+                        for passed in self.gate.put(event):
+                            yield passed
+            if result.run_loop_exception is not None:
+                raise result.run_loop_exception
+        except Exception as error:
+            end = early_end(error)
+            if end is None:
+                raise
+            if not self.must_guard:
+                for event in self.gate.open():
+                    yield event
+            for event in self._ended(end, translator, streamed=True):
+                yield event
+            return
+        finally:
+            await _stopped(result)
+        rest = list(translator.rest(result))
+        for event in (*self.gate.open(), *rest):
+            yield event
+        yield self._finished(result)
+
+    def _arguments(self) -> dict[str, Any]:
+        return {
+            "context": GatewayContext.of(self.run),
+            "max_turns": self.max_turns,
+            "run_config": self.config,
+        }
+
+    def _ended(self, end: EarlyEnd, translator: EventTranslator, *, streamed: bool = False) -> Iterator[RunEvent]:
+        """Say what may still be said of an answer that ended early; what no guardrail has judged is not."""
+        if not streamed and not self.must_guard:
+            yield from translator.partial(list(end.items))
+            yield from translator.text(end.text or "")
+        if end.refusal and not translator.refused:
+            yield translator.refusal(end.refusal)
+        yield RunFinished(end.finish_reason, self._usage())
+
+    def _finished(self, result: RunResultBase) -> RunFinished:
+        reason: FinishReason = "stop"
+        if result.interruptions:
+            reason = "tool_calls"
+            self._keep_turn(result)
+        elif self.level.finish_reason in ("length", "content_filter"):
+            reason = self.level.finish_reason
+        return RunFinished(reason, self._usage())
+
+    def _keep_turn(self, result: RunResultBase) -> None:
+        items = [item.to_input_item() for item in result.new_items if not isinstance(item, ToolApprovalItem)]
+        kept = cast("list[Item]", items)
+        if any(item.get("type") != "function_call" and item.get("type") != "message" for item in kept):
+            call_ids = [str(getattr(item.raw_item, "call_id", "")) for item in result.interruptions]
+            self.turns.keep(self.run.principal.key_id, call_ids, kept)
+
+    def _usage(self) -> Any:
+        scope = self.level.scope
+        return scope.usage if scope.model_calls else None
+
+    def _log_fields(self) -> dict[str, Any]:
+        return {"run_id": self.run.id.hex, "agent_id": self.run.model}
+
+    def _log_failure(self, event: str, error: Exception, shown: GatewayError, duration_ms: float) -> None:
+        usage = self.level.scope.usage
+        own = shown is error
+        if usage.requests:
+            # The run has no RunFinished to carry it: what was used is still counted.
+            self.services.metrics.tokens(self.run.model, usage.input_tokens, usage.output_tokens)
+        log_event(
+            _log,
+            event,
+            level=logging.WARNING if own or shown.domain == "caller" else logging.ERROR,
+            duration_ms=duration_ms,
+            error_code=shown.code,
+            error_type=type(root_cause(error)).__name__,
+            input_tokens=usage.input_tokens,
+            output_tokens=usage.output_tokens,
+            exc_info=None if own else error,
+            **self._log_fields(),
+        )
+
+
+async def _stopped(result: RunResultStreaming) -> None:
+    """Return when the SDK's tasks of a streamed run have ended, cancelling them if the run is not complete."""
+    task = result.run_loop_task
+    if task is None or task.done():
+        return
+    if not result.is_complete:
+        result.cancel()
+    await asyncio.wait((task,), timeout=_CLOSE_S)
+
+
+def _has_own_model(agent: Agent[Any]) -> bool:
+    return agent.model is not None and not isinstance(agent.model, str)
+
+
+def _since(started: float) -> float:
+    return round((time.perf_counter() - started) * 1000, 2)

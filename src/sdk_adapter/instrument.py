@@ -1,0 +1,207 @@
+"""Everything that touches private fields of the SDK, each under a contract test: reach, wrap and recognise its objects.
+
+Instrumentation is done once per load, in place, on the gateway's own copy of the author's module: `as_tool()` closes
+over the agent it was made from, so that only what is changed in place is seen by every run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from agents import (
+    Agent,
+    ApplyPatchTool,
+    CodeInterpreterTool,
+    ComputerTool,
+    FileSearchTool,
+    FunctionTool,
+    Handoff,
+    HostedMCPTool,
+    ImageGenerationTool,
+    LocalShellTool,
+    Model,
+    MultiProvider,
+    OpenAIProvider,
+    ShellTool,
+    WebSearchTool,
+)
+from agents.mcp import MCPServer
+from agents.tool import CustomTool, ProgrammaticToolCallingTool, Tool, ToolSearchTool
+
+ToolStatus = Literal["success", "error", "timeout"]
+Observe = Callable[[str, str, str, ToolStatus, float], None]
+"""Told of every tool call: tool, provider (``native``, ``agent``, ``mcp``), agent, status, seconds."""
+
+_HOSTED: tuple[tuple[type[Any], str], ...] = (
+    (WebSearchTool, "web_search"),
+    (FileSearchTool, "file_search"),
+    (CodeInterpreterTool, "code_interpreter"),
+    (ImageGenerationTool, "image_generation"),
+    (HostedMCPTool, "mcp"),
+    (ToolSearchTool, "tool_search"),
+    (ProgrammaticToolCallingTool, "programmatic_tool_calling"),
+    (CustomTool, "custom"),
+)
+_HOST: tuple[tuple[type[Any], str], ...] = (
+    (LocalShellTool, "local_shell"),
+    (ApplyPatchTool, "apply_patch"),
+    (ComputerTool, "computer"),
+)
+_MARK = "__gateway_observed__"
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What an agent and everything it reaches is made of.
+
+    ``hosted_tools`` need an upstream that runs them (`agent.prompt` counts as ``prompt``); ``host_tools`` would act
+    on the gateway's own machine. Pairs start with the agent's name, which need not be unique.
+    """
+
+    agents: tuple[Agent[Any], ...]
+    models: tuple[tuple[str, str | None], ...]
+    brings_own_model: tuple[str, ...]
+    hosted_tools: tuple[tuple[str, str], ...]
+    host_tools: tuple[tuple[str, str], ...]
+    duplicate_tools: tuple[tuple[str, str], ...]
+    mcp_servers: tuple[MCPServer, ...]
+    output_guardrails: bool
+
+
+def reachable_agents(entry: Agent[Any]) -> tuple[Agent[Any], ...]:
+    """Return the entry agent and all it reaches by handoff or as a tool, each once, cycles included."""
+    found: dict[int, Agent[Any]] = {}
+    waiting = [entry]
+    while waiting:
+        agent = waiting.pop()
+        if id(agent) in found:
+            continue
+        found[id(agent)] = agent
+        waiting.extend(reversed([*_handoff_targets(agent), *_agents_used_as_tools(agent)]))
+    return tuple(found.values())
+
+
+def survey(entry: Agent[Any]) -> Survey:
+    """Look at an agent and everything it reaches; change nothing."""
+    agents = reachable_agents(entry)
+    servers = {id(server): server for agent in agents for server in agent.mcp_servers}
+    return Survey(
+        agents=agents,
+        models=tuple((a.name, a.model) for a in agents if a.model is None or isinstance(a.model, str)),
+        brings_own_model=tuple(a.name for a in agents if isinstance(a.model, Model)),
+        hosted_tools=tuple((a.name, kind) for a in agents for kind in _hosted_kinds(a)),
+        host_tools=tuple((a.name, kind) for a in agents for tool in a.tools if (kind := _host_kind(tool))),
+        duplicate_tools=tuple((a.name, name) for a in agents for name in _duplicates(own_tool_names(a))),
+        mcp_servers=tuple(servers.values()),
+        output_guardrails=any(a.output_guardrails for a in agents),
+    )
+
+
+def own_tool_names(agent: Agent[Any]) -> list[str]:
+    """Return the names an agent's own tools and handoffs have towards the model, duplicates included."""
+    return [*(tool.name for tool in agent.tools), *(_handoff_name(item) for item in agent.handoffs)]
+
+
+def observe_tools(agent: Agent[Any], observe: Observe) -> None:
+    """Time and count every call of the agent's function tools from now on; done once per tool."""
+    for tool in agent.tools:
+        if not isinstance(tool, FunctionTool):
+            continue
+        provider = "agent" if is_agent_tool(tool) else "native"
+        invoker: Any = tool.on_invoke_tool
+        inner = getattr(invoker, "_invoke_tool_impl", None)
+        call = inner if inner is not None else invoker
+        if hasattr(call, _MARK):
+            continue
+        observed = _observed(call, tool, provider, agent.name, observe)
+        if inner is not None:
+            # Inside the SDK's failure handling, which turns an exception into text for the model.
+            invoker._invoke_tool_impl = observed
+        else:
+            tool.on_invoke_tool = observed
+
+
+def is_agent_tool(tool: FunctionTool) -> bool:
+    """Return whether the tool was made by ``Agent.as_tool``."""
+    return bool(tool._is_agent_tool)
+
+
+def is_default_provider(provider: object) -> bool:
+    """Return whether a run configuration's provider is what the SDK fills in when its author names none."""
+    if type(provider) is MultiProvider:
+        return provider.provider_map is None and is_default_provider(provider.openai_provider)
+    if type(provider) is not OpenAIProvider:
+        return False
+    given = ("_client", "_stored_api_key", "_stored_base_url", "_stored_organization", "_stored_project")
+    return all(getattr(provider, name, None) is None for name in given)
+
+
+def _observed(
+    call: Callable[..., Awaitable[Any]], tool: FunctionTool, provider: str, agent: str, observe: Observe
+) -> Callable[..., Awaitable[Any]]:
+    # `wraps` also carries the SDK's own marks on the function (argument preparation, the wrapped callable).
+    @functools.wraps(call)
+    async def observed(context: Any, arguments: str) -> Any:
+        started = time.perf_counter()
+        status: ToolStatus | None = "error"
+        try:
+            result = await call(context, arguments)
+            status = "success"
+            return result
+        except asyncio.CancelledError:
+            limit = tool.timeout_seconds
+            timed_out = limit is not None and time.perf_counter() - started >= limit
+            status = "timeout" if timed_out else None
+            raise
+        finally:
+            if status is not None:
+                observe(tool.name, provider, agent, status, time.perf_counter() - started)
+
+    setattr(observed, _MARK, True)
+    return observed
+
+
+def _handoff_targets(agent: Agent[Any]) -> Iterator[Agent[Any]]:
+    for item in agent.handoffs:
+        target = item if isinstance(item, Agent) else (item._agent_ref() if item._agent_ref is not None else None)
+        if isinstance(target, Agent):
+            yield target
+
+
+def _agents_used_as_tools(agent: Agent[Any]) -> Iterator[Agent[Any]]:
+    for tool in agent.tools:
+        if isinstance(tool, FunctionTool) and isinstance(tool._agent_instance, Agent):
+            yield tool._agent_instance
+
+
+def _handoff_name(item: Agent[Any] | Handoff[Any, Any]) -> str:
+    return item.tool_name if isinstance(item, Handoff) else Handoff.default_tool_name(item)
+
+
+def _hosted_kinds(agent: Agent[Any]) -> Iterator[str]:
+    for tool in agent.tools:
+        yield from (kind for type_, kind in _HOSTED if isinstance(tool, type_))
+        if isinstance(tool, ShellTool) and not _is_local_shell(tool):
+            yield "shell"
+    if agent.prompt is not None:
+        yield "prompt"
+
+
+def _host_kind(tool: Tool) -> str | None:
+    if isinstance(tool, ShellTool):
+        return "shell" if _is_local_shell(tool) else None
+    return next((kind for type_, kind in _HOST if isinstance(tool, type_)), None)
+
+
+def _is_local_shell(tool: ShellTool) -> bool:
+    return (tool.environment or {"type": "local"}).get("type") == "local"
+
+
+def _duplicates(names: list[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]

@@ -1,0 +1,104 @@
+"""What all model calls of one run share: who asked, what was used, how the last answer ended, when to stop.
+
+A `Level` is one SDK run. Level 0 is the run of the request; an agent used as a tool, or author code that calls
+``Runner.run``, opens a level below it. The current level travels in a contextvar, which the SDK's tasks and worker
+threads inherit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from gateway.errors import AgentFailed
+from gateway.events import FinishReason, Usage
+from gateway.run import Run
+
+if TYPE_CHECKING:
+    from gateway.upstreams.table import UpstreamTable
+
+DEEPEST_LEVEL = 8
+"""Runs inside runs; an agent that is its own tool ends here."""
+
+MODEL_CALLS_PER_TURN = 10
+"""A run may make this many model calls, over all its levels, for each turn it is allowed."""
+
+
+@dataclass(slots=True)
+class RunScope:
+    """Shared by every level of one run.
+
+    ``finished`` turns True when the answer is complete: author code that goes on in the background from then on uses
+    the current upstreams instead of this run's.
+    """
+
+    run: Run
+    table: UpstreamTable
+    loop: asyncio.AbstractEventLoop
+    model_call_limit: int
+    upstream: str | None = None
+    default_model: str | None = None
+    max_tool_hops: int | None = None
+    usage: Usage = field(default_factory=Usage)
+    model_calls: int = 0
+    finished: bool = False
+
+    def add_usage(self, usage: Usage) -> None:
+        """Add what one model call used."""
+        self.usage = self.usage + usage
+
+    def count_model_call(self) -> None:
+        """Count one model call; raise `AgentFailed` when the run has made too many."""
+        self.model_calls += 1
+        if self.model_calls > self.model_call_limit:
+            raise AgentFailed(
+                f"The run was stopped after {self.model_call_limit} model calls over all its agents. An agent that "
+                "calls itself, directly or through others, is the usual cause; its author can raise 'max_turns'."
+            )
+
+
+@dataclass(slots=True)
+class Level:
+    """One SDK run.
+
+    ``finish_reason`` is that of its latest model call. ``client_tools`` are the names of tools that the client sent.
+    ``started`` turns True when the SDK has been given the level's first agent.
+    """
+
+    scope: RunScope
+    depth: int = 0
+    finish_reason: FinishReason | None = None
+    tool_hops: int = 0
+    client_tools: frozenset[str] = frozenset()
+    started: bool = False
+
+    def child(self) -> Level:
+        """Open the level of a run inside this one; raise `AgentFailed` below the deepest."""
+        if self.depth >= DEEPEST_LEVEL:
+            raise AgentFailed(
+                f"Agents called each other more than {DEEPEST_LEVEL} levels deep, so the run was stopped."
+            )
+        return Level(self.scope, self.depth + 1)
+
+
+_CURRENT: ContextVar[Level | None] = ContextVar("sdk_adapter_level", default=None)
+
+
+def current_level() -> Level | None:
+    """Return the level of the SDK run this code belongs to; None outside of any run and after its end."""
+    level = _CURRENT.get()
+    return None if level is None or level.scope.finished else level
+
+
+@contextmanager
+def enter_level(level: Level) -> Iterator[None]:
+    """Make ``level`` the current one for this task and whatever it starts."""
+    token = _CURRENT.set(level)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
