@@ -14,11 +14,9 @@ import pytest
 
 from gateway.observability.logs import (
     JsonHandler,
-    bind,
     bind_request_id,
     clean_text,
     configure_logging,
-    current_request_id,
     log_event,
 )
 
@@ -78,33 +76,27 @@ def test_the_request_id_follows_the_task_and_its_children(lines: Lines) -> None:
 
     async def inner() -> None:
         await asyncio.sleep(0)
-        log_event(LOGGER, current_request_id() or "")
+        log_event(LOGGER, "child")
 
     async def main() -> None:
         await asyncio.gather(one("a"), one("b"))
 
     asyncio.run(main())
     assert sorted((line["event"], line["request_id"]) for line in lines.all()) == [
-        ("a", "a"),
-        ("b", "b"),
+        ("child", "a"),
+        ("child", "b"),
         ("thread", "a"),
         ("thread", "b"),
     ]
-    assert current_request_id() is None
+    log_event(LOGGER, "outside")
+    assert lines.all()[-1]["request_id"] is None
 
 
-def test_bound_fields_stand_on_every_line_inside(lines: Lines) -> None:
-    with bind_request_id("r"), bind(run_id="1", agent_id="default/weather"):
+def test_what_an_author_logs_has_the_request_id_too(lines: Lines) -> None:
+    with bind_request_id("r"):
         logging.getLogger("an.author").info("looked up %s", "Paris")
-    log_event(LOGGER, "after")
-    first, second = lines.all()
-    assert (first["message"], first["event"], first["run_id"], first["agent_id"]) == (
-        "looked up Paris",
-        None,
-        "1",
-        "default/weather",
-    )
-    assert "run_id" not in second
+    line = lines.only()
+    assert (line["message"], line["event"], line["request_id"]) == ("looked up Paris", None, "r")
 
 
 def test_fields_of_ordinary_records_are_kept(lines: Lines) -> None:

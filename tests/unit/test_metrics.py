@@ -20,9 +20,9 @@ def used() -> Metrics:
         metrics.first_token("default/weather", 0.05)
         metrics.run_finished("default/weather", streaming, outcome, seconds)
     metrics.tokens("default/weather", 20, 7)
-    metrics.tool_invoked("get_weather", "function", "default/weather", "success", 0.01)
-    metrics.tool_invoked("get_weather", "function", "default/weather", "error", 0.03)
-    metrics.tool_invoked("get_weather", "mcp", "team/other", "success", 0.002)
+    metrics.tool_invoked("get_weather", "function", "sdk", "success", 0.01)
+    metrics.tool_invoked("get_weather", "function", "sdk", "error", 0.03)
+    metrics.tool_invoked("get_weather", "mcp", "gateway", "success", 0.002)
     metrics.upstream_request("demo", 200, 0.2)
     metrics.upstream_request("demo", "timeout", 5)
     metrics.dropin_failure("import")
@@ -56,8 +56,8 @@ def test_the_names_that_dashboards_know() -> None:
         "agent_gateway_request_latency_ms_bucket{le=600000.0}": 2,
         "agent_gateway_runs_total{model=default/weather,outcome=failure}": 1,
         "agent_gateway_in_flight_requests{}": 0,
-        f"agent_gateway_tool_invocations_total{{provider=function,source=default/weather,status=error,{tool}}}": 1,
-        "agent_gateway_tool_latency_ms_count{provider=function,source=default/weather,tool=get_weather}": 2,
+        f"agent_gateway_tool_invocations_total{{provider=function,source=sdk,status=error,{tool}}}": 1,
+        "agent_gateway_tool_latency_ms_count{provider=function,source=sdk,tool=get_weather}": 2,
         "agent_gateway_upstream_requests_total{status=200,upstream=demo}": 1,
         "agent_gateway_upstream_requests_total{status=timeout,upstream=demo}": 1,
         "agent_gateway_upstream_latency_ms_count{upstream=demo}": 2,
@@ -89,8 +89,8 @@ def test_the_json_snapshot_is_the_documented_one() -> None:
         "average_tool_latency_ms": 14.0,
         "tool_breakdown": {
             "get_weather": {
-                "default/weather": {"provider": "function", "count": 2, "failures": 1, "latency_ms": 20.0},
-                "team/other": {"provider": "mcp", "count": 1, "failures": 0, "latency_ms": 2.0},
+                "sdk": {"provider": "function", "count": 2, "failures": 1, "latency_ms": 20.0},
+                "gateway": {"provider": "mcp", "count": 1, "failures": 0, "latency_ms": 2.0},
             }
         },
         "dropin_failures": {"import": 2},
@@ -141,6 +141,12 @@ def test_labels_are_bounded_and_cut() -> None:
     assert found["agent_gateway_tool_invocations_total{provider=other,source=other,status=other,tool=other}"] == 200
     assert max(len(name) for name in names) < 300
     assert metrics.snapshot()["tool_breakdown"]["other"]["other"]["count"] == 200
+
+
+def test_a_method_nobody_knows_is_no_label() -> None:
+    metrics = Metrics()
+    metrics.http_request("(unknown)", "X" * 50, 405, 0.1)
+    assert samples(metrics)["agent_gateway_http_requests_total{method=other,route=(unknown),status=405}"] == 1
 
 
 def test_a_scrape_of_many_label_sets_lets_the_loop_turn() -> None:

@@ -143,7 +143,7 @@ COMPONENTS: dict[str, Any] = {
             "average_tool_latency_ms": _NUMBER,
             "tool_breakdown": {
                 "type": "object",
-                "description": "By tool, then by the agent that called it.",
+                "description": "By tool, then by who asked for it.",
                 "additionalProperties": {
                     "type": "object",
                     "additionalProperties": _object(

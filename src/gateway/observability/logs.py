@@ -12,9 +12,8 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
+from contextvars import ContextVar, Token
 from functools import lru_cache
 from typing import Any, TextIO
 
@@ -44,36 +43,26 @@ _SECRET_SHAPES = re.compile(
 _UNSAFE = re.compile("[\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 """What JSON leaves as it is and a terminal or a log viewer may obey; below U+0020 JSON escapes by itself."""
 
-_CONTEXT: ContextVar[Mapping[str, str | None]] = ContextVar("gateway_log_context", default={"request_id": None})  # noqa: B039
-"""What the lines of the current task say besides their own fields; replaced, never changed."""
+_REQUEST_ID: ContextVar[str | None] = ContextVar("gateway_request_id", default=None)
 
 _STANDARD = frozenset(logging.LogRecord("", 0, "", 0, "", (), None).__dict__) | {"message", "asctime", "taskName"}
 _encode = msgspec.json.Encoder(decimal_format="number").encode
 
 
-@contextmanager
-def bind_request_id(request_id: str) -> Iterator[None]:
-    """Put ``request_id`` on every line logged inside, by this task and the tasks it starts."""
-    token = _CONTEXT.set({**_CONTEXT.get(), "request_id": request_id})
-    try:
-        yield
-    finally:
-        _CONTEXT.reset(token)
+class bind_request_id:
+    """Put a request id on every line logged inside ``with``, by this task and by the tasks and threads it starts."""
 
+    __slots__ = ("_request_id", "_token")
+    _token: Token[str | None]
 
-@contextmanager
-def bind(**fields: str | None) -> Iterator[None]:
-    """Put ``fields`` (``run_id``, ``agent_id``, ``correlation_id`` …) on every line logged inside."""
-    token = _CONTEXT.set({**_CONTEXT.get(), **fields})
-    try:
-        yield
-    finally:
-        _CONTEXT.reset(token)
+    def __init__(self, request_id: str) -> None:
+        self._request_id = request_id
 
+    def __enter__(self) -> None:
+        self._token = _REQUEST_ID.set(self._request_id)
 
-def current_request_id() -> str | None:
-    """Return the request id bound to the current task."""
-    return _CONTEXT.get()["request_id"]
+    def __exit__(self, *_: object) -> None:
+        _REQUEST_ID.reset(self._token)
 
 
 def log_event(
@@ -133,13 +122,12 @@ class JsonHandler(logging.Handler):
 
 def format_record(record: logging.LogRecord) -> str:
     """Return the JSON line of a record, newline included."""
-    context = _CONTEXT.get()
     line: dict[str, Any] = {
         "timestamp": _timestamp(record.created),
         "level": record.levelname.lower(),
         "logger": record.name,
         "event": None,
-        "request_id": context["request_id"],
+        "request_id": _REQUEST_ID.get(),
         "message": None,
     }
     if isinstance(record, _EventRecord):
@@ -147,8 +135,6 @@ def format_record(record: logging.LogRecord) -> str:
     else:
         fields = {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
     line["message"] = clean_text(record.getMessage())
-    if len(context) > 1:
-        line.update((name, clean_text(value)) for name, value in context.items() if value is not None)
     for name, value in fields.items():
         if value is None:
             continue

@@ -26,6 +26,7 @@ _RELOAD_MS = (10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 30_000)
 _SAMPLES_PER_SLICE = 250
 _OTHER = "other"
 _LONGEST_LABEL = 128
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _STATUSES = ("ready", "stale", "error")
 
 M = TypeVar("M", Counter, Gauge, Histogram)
@@ -69,8 +70,8 @@ class Metrics:
     def tool_invoked(self, tool: str, provider: str, source: str, status: str, seconds: float) -> None:
         """Record one call of a tool.
 
-        ``provider`` is the kind that ran it (``function``, ``mcp``, ``agent`` …), ``source`` the agent it belongs to,
-        ``status`` ``success``, ``error`` or ``timeout``.
+        ``provider`` is the kind that ran it (``function``, ``mcp``, ``agent`` …), ``source`` who asked for it (``sdk``:
+        an agent), ``status`` ``success``, ``error`` or ``timeout``.
         """
         milliseconds = seconds * 1000
         self._tools.child(tool, provider, status, source).inc()
@@ -98,6 +99,7 @@ class Metrics:
 
     def http_request(self, route: str, method: str, status: int, seconds: float) -> None:
         """Record one HTTP answer by its route template; a client that left before one has status 0, shown as 499."""
+        method = method if method in _METHODS else _OTHER
         self._http.child(route, method, str(status or 499)).inc()
         self._http_ms.child(route).observe(seconds * 1000)
 
