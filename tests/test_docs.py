@@ -21,6 +21,8 @@ import pytest
 from api.route_table import TABLE
 from gateway.config import Settings
 from gateway.errors import GatewayError
+from gateway.registry.declarations import AgentsConfig
+from gateway.registry.entry import AgentOptions
 from gateway.security.config import SecurityConfig
 from gateway.upstreams.config import UpstreamsConfig
 from gateway_cli.errors import CliError
@@ -164,10 +166,31 @@ def test_diagnostic_codes_and_their_page_agree() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("upstreams-yaml.md", UpstreamsConfig), ("security-yaml.md", SecurityConfig)]
+    ("name", "kind"),
+    [
+        ("agents-yaml.md", AgentsConfig),
+        ("security-yaml.md", SecurityConfig),
+        ("upstreams-yaml.md", UpstreamsConfig),
+    ],
 )
 def test_every_yaml_key_is_documented(name: str, kind: type) -> None:
     assert yaml_keys(kind) <= named_in(name)
+
+
+def test_every_option_of_an_agent_is_documented() -> None:
+    guide = (ROOT / "docs" / "guides" / "DropInAgentGuide.md").read_text(encoding="utf-8")
+    assert {item.name for item in fields(AgentOptions)} <= {found.group(1) for found in CODE.finditer(guide)}
+
+
+def test_every_name_of_the_context_object_is_documented() -> None:
+    (made,) = [
+        node
+        for path, tree in trees()
+        if path.name == "context.py"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and _name(node.func) == "cls"
+    ]
+    assert {keyword.arg for keyword in made.keywords} <= named_in("context.md")
 
 
 def test_every_relative_link_resolves() -> None:

@@ -19,10 +19,11 @@ def run(arguments: argparse.Namespace) -> int:
             "A key's id is 1 to 64 letters, digits and . _ @ -, and begins with a letter or digit.", status=2
         )
     key = f"sk-gw-{secrets.token_urlsafe(32)}"
+    lines = stanza(arguments.name, key, arguments.allow or ["*"], admin=arguments.admin, expires=arguments.expires)
     print("The key, shown this once:\n")
     print(f"    {key}\n")
     print("What to add under api_keys in security.yaml, which holds only its digest:\n")
-    print(stanza(arguments.name, key, arguments.allow or ["*"], admin=arguments.admin, expires=arguments.expires))
+    print(lines)
     return 0
 
 

@@ -1,0 +1,226 @@
+"""The command line without a gateway: what it prints, and how it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+import yaml
+
+from gateway.config import Settings, load_yaml
+from gateway.security.config import SecurityConfig
+from gateway_cli import offline
+from gateway_cli.banner import curl, python, render_banner
+from gateway_cli.main import main
+from gateway_cli.state import announce, find_running, state_file
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_help_answers_at_once_and_imports_neither_sdk_nor_web_framework() -> None:
+    program = (
+        "import sys\nfrom gateway_cli.main import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'agents', 'fastapi', 'starlette', 'uvicorn', 'openai', 'pydantic', 'api', 'sdk_adapter'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={"PYTHONPATH": "src"}, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "dev" in done.stdout
+    assert time.perf_counter() - started < 5  # a hang, not a benchmark
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ([], "required"),
+        (["nonsense"], "invalid choice"),
+        (["dev", "--port", "70000"], "'70000' is not a port (0 to 65535)"),
+        (["dev", "no-such-folder"], "no-such-folder is not a folder"),
+        (["validate", "no-such-folder"], "does not exist"),
+        (["new", "My Agent"], "for example MyAgent"),
+        (["new", "a/b/c"], "cannot name an agent's folder"),
+        (["new", "../evil"], "cannot name an agent's folder"),
+        (["keys", "new", "two words"], "A key's id"),
+        (["keys", "new", "x", "--expires", "tomorrow"], "write YYYY-MM-DD"),
+        (["list", "--url", "ftp://x"], "is not an address"),
+    ],
+)
+def test_a_wrong_call_is_one_sentence_and_exit_code_2(
+    command: list[str], sentence: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("gateway: ")
+    assert sentence in err
+
+
+def test_a_wrong_setting_is_one_sentence(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GATEWAY_PORT", "many")
+    assert main(["list"]) == 1
+    assert capsys.readouterr().err == "gateway: GATEWAY_PORT='many' is not a number.\n"
+
+
+def test_dev_refuses_production(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GATEWAY_ENV", "production")
+    assert main(["dev"]) == 1
+    assert "is for development" in capsys.readouterr().err
+
+
+def test_new_makes_a_folder_and_names_the_model(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["new", "WeatherAgent"]) == 0
+    assert main(["new", "labs/Research"]) == 0
+    out = capsys.readouterr().out
+    assert "the model default/weatheragent" in out
+    assert "the model labs/research" in out
+    assert "Next: gateway dev" in out
+    compile((home / "src/agents/WeatherAgent/agent.py").read_text(encoding="utf-8"), "agent.py", "exec")
+    assert not list(home.rglob("__init__.py"))
+
+
+def test_new_overwrites_nothing_and_refuses_a_taken_model(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["new", "Weather"]) == 0
+    before = (home / "src/agents/Weather/agent.py").read_text(encoding="utf-8")
+    assert main(["new", "Weather"]) == 1
+    assert main(["new", "wea-ther"]) == 0
+    assert main(["new", "Wea_Ther"]) == 1
+    err = capsys.readouterr().err
+    assert "exists already" in err
+    assert "is the model default/wea-ther already" in err
+    assert (home / "src/agents/Weather/agent.py").read_text(encoding="utf-8") == before
+
+
+def test_keys_new_prints_a_stanza_that_security_yaml_accepts(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(
+            ["keys", "new", "alice", "--allow", "default/*", "--allow", "labs/a", "--admin", "--expires", "2031-05-01"]
+        )
+        == 0
+    )
+    out = capsys.readouterr().out
+    key = next(line.strip() for line in out.splitlines() if line.strip().startswith("sk-gw-"))
+    stanza = out[out.index("  - id") :]
+    assert key not in stanza
+    file = home / "security.yaml"
+    file.write_text(f"api_keys:\n{stanza}", encoding="utf-8")
+    (entry,) = load_yaml(file, SecurityConfig).api_keys
+    assert entry.hashed_key == hashlib.sha256(key.encode()).hexdigest()
+    assert entry.allow_agents == ["default/*", "labs/a"]
+    assert set(entry.scopes) == {"chat", "admin"}
+    assert str(yaml.safe_load(stanza)[0]["expires_at"]) == "2031-05-01"
+
+
+def test_two_new_keys_differ(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = set()
+    for _ in range(2):
+        assert main(["keys", "new", "x"]) == 0
+        keys |= {word for word in capsys.readouterr().out.split() if word.startswith("sk-gw-")}
+    assert len(keys) == 2
+
+
+def test_version_names_what_runs(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version"]) == 0
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == {
+        "agent-gateway",
+        "python",
+        "openai-agents",
+        "openai",
+    }
+
+
+def test_doctor_is_content_with_a_fresh_agent(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["new", "Weather"]) == 0
+    os.environ["GATEWAY_PORT"] = "18431"
+    assert main(["doctor"]) == 0, capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert all(line.startswith("ok ") for line in lines)
+    assert any("openai-agents" in line for line in lines)
+
+
+def test_doctor_finds_a_stray_init_file(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["new", "Weather"]) == 0
+    (home / "src/agents/__init__.py").touch()
+    assert main(["doctor"]) == 1
+    assert "delete it" in capsys.readouterr().out
+
+
+def test_doctor_names_a_wrong_configuration(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = home / "src" / "config"
+    config.mkdir(parents=True)
+    (config / "upstreams.yaml").write_text("upstreams:\n  - nam: x\n", encoding="utf-8")
+    assert main(["doctor"]) == 1
+    assert "FAIL  upstreams: upstreams.yaml:2: unknown key 'nam'; did you mean 'name'?" in capsys.readouterr().out
+
+
+def test_the_state_file_lives_as_long_as_the_gateway(home: Path) -> None:
+    settings = Settings(agent_path=home / "agents")
+    assert find_running(settings) is None
+    with announce(settings, "http://127.0.0.1:1"):
+        running = find_running(settings)
+        assert running is not None
+        assert (running.pid, running.url) == (os.getpid(), "http://127.0.0.1:1")
+    assert not state_file(settings).exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"pid": 1}', '{"pid": "x", "url": "y"}', "[]"])
+def test_a_broken_state_file_counts_as_none(text: str, home: Path) -> None:
+    settings = Settings(agent_path=home / "agents")
+    state_file(settings).parent.mkdir(parents=True)
+    state_file(settings).write_text(text, encoding="utf-8")
+    assert find_running(settings) is None
+
+
+def test_the_state_of_a_gateway_that_was_killed_counts_as_none(home: Path) -> None:
+    settings = Settings(agent_path=home / "agents")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    state_file(settings).parent.mkdir(parents=True)
+    state_file(settings).write_text(f'{{"pid": {ended.pid}, "url": "http://127.0.0.1:1"}}', encoding="utf-8")
+    assert find_running(settings) is None
+
+
+def test_settings_survive_the_way_into_the_inspecting_process() -> None:
+    settings = Settings(
+        agent_path=Path("/somewhere"), agent_extra_paths=("a", "b"), openai_api_key="k", run_timeout_s=1.5
+    )
+    order = offline._Order({name: getattr(settings, name) for name in Settings.__dataclass_fields__}, Path("/x"))
+    sent = msgspec.json.encode(order, enc_hook=str)
+    received = msgspec.json.decode(sent, type=offline._Order, dec_hook=offline._to_path)
+    assert msgspec.convert(received.settings, type=Settings, dec_hook=offline._to_path) == settings
+
+
+def test_the_banner_holds_what_can_be_pasted(home: Path) -> None:
+    settings = Settings(agent_path=home / "agents", agent_auto_reload=True)
+    text = render_banner(settings, "http://127.0.0.1:8000", "dev-secret", [("default/a", "Says a."), ("demo/demo", "")])
+    assert "default/a  Says a." in text
+    for line in (*curl("http://127.0.0.1:8000", "dev-secret", "default/a").splitlines(), "Watching agents"):
+        assert line in text
+    compile(python("http://127.0.0.1:8000", "dev-secret", "default/a"), "snippet", "exec")
+
+
+def test_the_banner_without_agents_says_how_to_make_one(home: Path) -> None:
+    settings = Settings(agent_path=home / "agents")
+    assert "gateway new Hello" in render_banner(settings, "http://127.0.0.1:8000", "dev-secret", [])
+    assert "YOUR_KEY" in render_banner(replace(settings, api_key="x"), "http://127.0.0.1:8000", None, [])
