@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from api.routing import Receive, Request
 from api.routing import Scope as AsgiScope
-from gateway.errors import BodyTooLarge, InvalidRequest, RequestTimedOut
+from gateway.errors import BodyTooLarge, InvalidRequest, RequestTimedOut, Unauthenticated
 from gateway.security.keys import Caller
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -28,7 +28,9 @@ def request_id(headers: Mapping[str, str]) -> str:
 
 
 def caller(scope: AsgiScope, headers: Mapping[str, str]) -> Caller:
-    """Return what the request shows of who sent it."""
+    """Return what the request shows of who sent it; raise `Unauthenticated` for two ``Authorization`` headers."""
+    if sum(name == b"authorization" for name, _ in scope["headers"]) > 1:
+        raise Unauthenticated("The request has more than one Authorization header. Send one.")
     client = scope.get("client")
     return Caller(
         authorization=headers.get("authorization"),

@@ -12,7 +12,7 @@ from msgspec import Raw
 
 from gateway.chat import ChatRequest, RelayRequest, decode_chat, decode_model, decode_relay
 from gateway.config import Settings
-from gateway.errors import AgentMisconfigured, ModelNotAllowed, ModelNotFound
+from gateway.errors import AgentMisconfigured, ConfigError, ModelNotAllowed, ModelNotFound
 from gateway.principal import Principal
 from gateway.registry.entry import AgentEntry
 from gateway.run import Executor, Run
@@ -80,6 +80,11 @@ def admit(call: Call, snapshot: Snapshot, settings: Settings) -> tuple[Run, Exec
 
 def authorize_model(name: str, principal: Principal, snapshot: Snapshot) -> AgentEntry | ModelBinding:
     """Resolve a model name and check the caller's right to it; the right is judged on the canonical id."""
+    if principal.is_drop_in:
+        try:
+            return snapshot.upstreams.resolve(name)
+        except ConfigError as error:
+            raise ModelNotFound(error.message, param="model") from error
     entry = snapshot.registry.find(name)
     target: AgentEntry | ModelBinding | None = entry or snapshot.upstreams.find_model(name)
     canonical = entry.id if entry else name

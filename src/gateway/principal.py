@@ -14,7 +14,8 @@ class Principal:
     """An authenticated caller.
 
     ``allow`` holds the fnmatch patterns over ``namespace/name`` that the key reaches. ``profile`` chooses the
-    client dialect. ``tenant`` is always ``default`` until tenants exist.
+    client dialect. ``tenant`` is always ``default`` until tenants exist. ``is_drop_in`` marks code inside a drop-in
+    that built a client of its own: it reaches upstream models only, by the names an agent may use.
     """
 
     id: str
@@ -24,6 +25,7 @@ class Principal:
     namespace: str = "default"
     profile: Profile = "openai"
     tenant: str = "default"
+    is_drop_in: bool = False
 
     @property
     def is_admin(self) -> bool:

@@ -65,15 +65,15 @@ class Keyring:
     defaults: SecurityDefaults
 
     @classmethod
-    def load(cls, settings: Settings) -> Keyring:
-        """Read `security.yaml` and the environment's keys.
+    def load(cls, settings: Settings, drop_in_key: str | None = None) -> Keyring:
+        """Read `security.yaml` and the environment's keys; ``drop_in_key`` is what clients made by drop-ins show.
 
         Raises `ConfigError` for a wrong file, and in production when no key is left that a caller could use.
         """
-        return cls.build(load_security(settings), settings)
+        return cls.build(load_security(settings), settings, drop_in_key)
 
     @classmethod
-    def build(cls, config: SecurityConfig, settings: Settings) -> Keyring:
+    def build(cls, config: SecurityConfig, settings: Settings, drop_in_key: str | None = None) -> Keyring:
         """Make the keyring of a configuration; see `load`."""
         found = [_credential(key, config.default) for key in config.api_keys]
         if settings.api_key is not None:
@@ -89,6 +89,9 @@ class Keyring:
             _add(credentials, credential, settings)
         _require_usable(credentials, settings)
         _warn(config, credentials, keyless)
+        if drop_in_key is not None:
+            shown = digest(drop_in_key)
+            credentials[shown] = _Credential(_DROP_IN, shown, local_only=True)
         return cls(credentials, keyless, config.default)
 
     @property
@@ -137,6 +140,7 @@ def _admin(key_id: str) -> Principal:
 
 
 _KEYLESS = _admin("development")
+_DROP_IN = Principal(id="drop-in", key_id="drop-in", allow=(), is_drop_in=True)
 
 
 def _credential(key: ApiKey, defaults: SecurityDefaults) -> _Credential:
