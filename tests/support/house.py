@@ -72,12 +72,14 @@ aliases:
 
 
 def furnish(home: Path, upstream_url: str, *, hide_foreign_models: bool = False, security: bool = True) -> None:
-    """Write ``upstreams.yaml`` and ``security.yaml`` into ``home``; ``running_gateway`` finds them there."""
+    """Write ``upstreams.yaml`` and ``security.yaml`` into ``home``, where ``running_gateway`` finds them.
+
+    Without ``security`` the file names no key at all.
+    """
     (home / "agents").mkdir(parents=True, exist_ok=True)
     (home / "upstreams.yaml").write_text(UPSTREAMS.format(url=upstream_url, key=UPSTREAM_KEY), encoding="utf-8")
-    if security:
-        text = SECURITY.replace("HIDE", "true" if hide_foreign_models else "false")
-        (home / "security.yaml").write_text(text, encoding="utf-8")
+    text = SECURITY.replace("HIDE", "true" if hide_foreign_models else "false") if security else "version: 1\n"
+    (home / "security.yaml").write_text(text, encoding="utf-8")
 
 
 def drop(name: str, agents: Path, *, as_: str | None = None) -> Path:
