@@ -7,6 +7,7 @@ command-line commands, make targets. A new one fails here until docs/references 
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import shlex
 import subprocess
@@ -37,6 +38,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 MAKE = re.compile(r"\bmake ([a-z][a-z-]*)")
 VARIABLE = re.compile(r"\b(?:GATEWAY|OPENAI)_[A-Z0-9_]+\b")
 CODE = re.compile(r"`([^`\n]+)`")
+EVENT = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -58,16 +60,28 @@ def trees() -> tuple[tuple[Path, ast.Module], ...]:
 
 
 def log_events() -> set[str]:
-    """The literal event name of every ``log_event(logger, "event.name", …)``, both branches of a conditional one."""
+    """The event name of every ``log_event(logger, "event.name", …)``.
+
+    Where the name is a parameter, every argument in the module that is shaped like one counts.
+    """
     found = set()
     for path, tree in trees():
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and _name(node.func) == "log_event":
-                literals = {leaf.value for leaf in ast.walk(node.args[1]) if isinstance(leaf, ast.Constant)}
-                names = {text for text in literals if isinstance(text, str) and "." in text}
-                assert names, f"{path}:{node.lineno}: the event's name is not written out, so nobody can look it up"
-                found |= names
+            if not (isinstance(node, ast.Call) and _name(node.func) == "log_event") or path.name == "logs.py":
+                continue
+            names = events_in(_literals(node.args[1], tree))
+            if not names and isinstance(node.args[1], ast.Name):
+                calls = [
+                    call for call in ast.walk(tree) if isinstance(call, ast.Call) and _name(call.func) != "getLogger"
+                ]
+                names = events_in({text for call in calls for word in call.args for text in _literals(word, tree)})
+            assert names, f"{path}:{node.lineno}: the event's name is not written out, so nobody can look it up"
+            found |= names
     return found
+
+
+def events_in(texts: set[str]) -> set[str]:
+    return {text for text in texts if EVENT.fullmatch(text) and not text.endswith((".yaml", ".py"))}
 
 
 def diagnostic_codes() -> set[str]:
@@ -98,6 +112,11 @@ def _literals(node: ast.expr, tree: ast.Module) -> set[str]:
         return {text for value in values for text in _literals(value, tree) if not isinstance(value, ast.Name)}
     if isinstance(node, ast.IfExp):
         return _literals(node.body, tree) | _literals(node.orelse, tree)
+    if isinstance(node, ast.JoinedStr):
+        parts = [_literals(part, tree) for part in node.values]
+        return {"".join(words) for words in itertools.product(*parts)}
+    if isinstance(node, ast.FormattedValue):
+        return _literals(node.value, tree)
     return {node.value} if isinstance(node, ast.Constant) and isinstance(node.value, str) else set()
 
 
