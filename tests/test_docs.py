@@ -70,11 +70,11 @@ def log_events() -> set[str]:
             if not (isinstance(node, ast.Call) and _name(node.func) == "log_event") or path.name == "logs.py":
                 continue
             names = events_in(_literals(node.args[1], tree))
-            if not names and isinstance(node.args[1], ast.Name):
+            if isinstance(node.args[1], ast.Name):
                 calls = [
                     call for call in ast.walk(tree) if isinstance(call, ast.Call) and _name(call.func) != "getLogger"
                 ]
-                names = events_in({text for call in calls for word in call.args for text in _literals(word, tree)})
+                names |= events_in({text for call in calls for word in call.args for text in _literals(word, tree)})
             assert names, f"{path}:{node.lineno}: the event's name is not written out, so nobody can look it up"
             found |= names
     return found
