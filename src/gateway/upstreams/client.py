@@ -17,9 +17,10 @@ from gateway.errors import AgentMisconfigured, ConfigError, GatewayError, Upstre
 from gateway.observability.logs import log_event
 from gateway.upstreams.config import HEADER_NAME, HEADER_VALUE, OWN_HEADERS, Api, UpstreamConfig
 from gateway.upstreams.failures import failure_of_status
-from gateway.upstreams.http1 import Exchange, Origin, Transport, open_tls
+from gateway.upstreams.http1 import Exchange
 from gateway.upstreams.judging import CHAT_PATH, judge_for
 from gateway.upstreams.sse import EventParser, EventTooLarge
+from gateway.upstreams.transport import Origin, Transport, open_tls
 
 _LOG = logging.getLogger(__name__)
 _DONE = b"[DONE]"

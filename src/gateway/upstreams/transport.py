@@ -1,0 +1,207 @@
+"""The connections to one upstream: opened with TLS or without, kept alive between requests, closed when retired.
+
+Proxies from the environment are not used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from gateway.errors import UpstreamTimeout, UpstreamUnreachable
+from gateway.upstreams.config import Limits, Timeouts
+from gateway.upstreams.http1 import Connection, ConnectionClosedEarly, Exchange
+
+MAX_IDLE_CONNECTIONS = 128
+KEEP_ALIVE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where an upstream listens. ``tls`` None means plain TCP. ``name`` is the upstream's, for messages."""
+
+    name: str
+    host: str
+    port: int
+    tls: ssl.SSLContext | None
+
+
+class Transport:
+    """The connections to one origin, of one event loop.
+
+    A call from another loop (an author's own ``asyncio.run`` in a thread) gets a connection of its own, which is
+    closed after the call. A retired transport still serves, without keeping connections.
+    """
+
+    def __init__(self, origin: Origin, timeouts: Timeouts, limits: Limits) -> None:
+        self.origin = origin
+        self._timeouts = timeouts
+        self._limits = limits
+        self._loop = asyncio.get_running_loop()
+        self._idle: deque[Connection] = deque()
+        self._active: set[Exchange] = set()
+        self._retired = False
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    @property
+    def idle_connections(self) -> int:
+        """How many connections wait for a request."""
+        return len(self._idle)
+
+    @property
+    def active_exchanges(self) -> int:
+        """How many answers are being read."""
+        return len(self._active)
+
+    async def send(self, head: bytes, body: bytes, *, streamed: bool, timeouts: Timeouts | None = None) -> Exchange:
+        """Send one request and return when the head of its answer is there; the caller closes the exchange.
+
+        Raises `UpstreamUnreachable`, `UpstreamTimeout`, `UpstreamMalformed` or `UpstreamIncomplete`.
+        """
+        loop = asyncio.get_running_loop()
+        timeouts = timeouts or self._timeouts
+        total_at = loop.time() + timeouts.total_s
+        connection = self._take() if loop is self._loop else None
+        if connection is not None:
+            try:
+                return await self._exchange(connection, head, body, total_at, streamed, timeouts)
+            except ConnectionClosedEarly:
+                # The other side closed the idle connection while the request was on its way and read nothing of it
+                # that it would answer: the one case in which a request may be sent twice.
+                pass
+        connection = await self._connect(loop, timeouts.connect_s)
+        try:
+            return await self._exchange(connection, head, body, total_at, streamed, timeouts)
+        except ConnectionClosedEarly as error:
+            raise UpstreamUnreachable(
+                f"The upstream '{self.origin.name}' closed the connection without an answer. See whether it is healthy."
+            ) from error
+
+    def retire(self) -> None:
+        """Close idle connections and keep no more; answers that are being read go on."""
+        self._retired = True
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
+        while self._idle:
+            self._idle.pop().abort()
+
+    def abort(self) -> None:
+        """Retire, and close what is still being read."""
+        self.retire()
+        for exchange in tuple(self._active):
+            loop = exchange.connection.loop
+            if loop is self._loop:
+                self._end(exchange)
+            elif not loop.is_closed():
+                loop.call_soon_threadsafe(self._end, exchange)
+
+    def _end(self, exchange: Exchange) -> None:
+        exchange.fail(
+            UpstreamUnreachable(f"The gateway closed its connections to the upstream '{self.origin.name}'."),
+            at_once=True,
+        )
+        exchange.connection.abort()
+
+    async def _exchange(
+        self, connection: Connection, head: bytes, body: bytes, total_at: float, streamed: bool, timeouts: Timeouts
+    ) -> Exchange:
+        exchange = Exchange(connection, timeouts, self._limits, total_at)
+        self._active.add(exchange)
+        try:
+            seconds = timeouts.first_byte_s
+            what = "first event" if streamed else "answer"
+            exchange.expect(
+                seconds,
+                f"sent no {what} within {seconds:g} s. If it loads models on demand, raise timeouts.first_byte_s of "
+                "this upstream.",
+            )
+            connection.begin(exchange, head, body)
+            await exchange.head()
+        except BaseException:
+            exchange.close()
+            raise
+        return exchange
+
+    async def _connect(self, loop: asyncio.AbstractEventLoop, seconds: float) -> Connection:
+        origin = self.origin
+        extra: dict[str, Any] = {"ssl": origin.tls, "server_hostname": origin.host} if origin.tls else {}
+        try:
+            async with asyncio.timeout(seconds):
+                _, connection = await loop.create_connection(
+                    lambda: Connection(origin.name, self, loop), origin.host, origin.port, **extra
+                )
+        except TimeoutError as error:
+            raise UpstreamTimeout(
+                f"The upstream '{origin.name}' did not accept a connection within {seconds:g} s. See whether it is up "
+                "and reachable from the gateway."
+            ) from error
+        except ssl.SSLCertVerificationError as error:
+            raise UpstreamUnreachable(
+                f"The TLS certificate of the upstream '{origin.name}' was not accepted ({error.verify_message}). Name "
+                "its authority in ca_file of this upstream."
+            ) from error
+        except ssl.SSLError as error:
+            raise UpstreamUnreachable(
+                f"No TLS connection to the upstream '{origin.name}' ({error.reason or 'handshake failed'}). See "
+                "whether its base_url should start with http:// instead."
+            ) from error
+        except (OSError, UnicodeError) as error:
+            raise UpstreamUnreachable(
+                f"The upstream '{origin.name}' cannot be reached. Start it, or correct its base_url in upstreams.yaml."
+            ) from error
+        return connection
+
+    def _take(self) -> Connection | None:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_open and self._loop.time() - connection.idle_since < KEEP_ALIVE_S:
+                return connection
+            connection.abort()
+        return None
+
+    # Called by connections.
+
+    def give_back(self, connection: Connection, exchange: Exchange) -> None:
+        """Keep a connection for the next request."""
+        self._active.discard(exchange)
+        if self._retired or connection.loop is not self._loop or len(self._idle) >= MAX_IDLE_CONNECTIONS:
+            connection.abort()
+            return
+        connection.idle_since = self._loop.time()
+        self._idle.append(connection)
+        if self._sweeper is None:
+            self._sweeper = self._loop.call_later(KEEP_ALIVE_S, self._sweep)
+
+    def forget(self, exchange: Exchange) -> None:
+        """An exchange ended without a connection to keep."""
+        self._active.discard(exchange)
+
+    def discard(self, connection: Connection) -> None:
+        """A connection closed while it was idle."""
+        if connection.loop is self._loop and self._idle:
+            with suppress(ValueError):
+                self._idle.remove(connection)
+
+    def _sweep(self) -> None:
+        self._sweeper = None
+        oldest = self._loop.time() - KEEP_ALIVE_S
+        while self._idle and self._idle[0].idle_since <= oldest:
+            self._idle.popleft().abort()
+        if self._idle:
+            delay = max(self._idle[0].idle_since - oldest, 0.1)
+            self._sweeper = self._loop.call_later(delay, self._sweep)
+
+
+def open_tls(*, verify: bool, ca_file: str | None) -> ssl.SSLContext:
+    """Return a client context; raises ``OSError`` or ``ssl.SSLError`` for a bad ``ca_file``."""
+    context = ssl.create_default_context(cafile=ca_file)
+    context.set_alpn_protocols(["http/1.1"])
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
