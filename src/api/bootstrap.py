@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+import os
+import secrets
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 
 from gateway.config import Settings
-from gateway.observability.logs import configure_logging, log_event
+from gateway.observability.logs import configure_logging
 from gateway.observability.metrics import Metrics
 from gateway.registry.catalogue import AgentCatalogue
+from gateway.registry.discovery import find_roots
+from gateway.registry.policy import ModulePolicy, ModuleRules
 from gateway.registry.registry import Registry
 from gateway.reloading import Reloader
 from gateway.runs.engine import RunEngine
+from gateway.security.config import SecurityDefaults
 from gateway.security.keys import Keyring
 from gateway.snapshot import Snapshot, SnapshotHolder
-
-_log = logging.getLogger("api.bootstrap")
+from gateway.upstreams.config import load_upstreams
+from gateway.upstreams.table import open_upstreams
+from sdk_adapter.loader import SdkLoader
+from sdk_adapter.services import AdapterServices
 
 
 @dataclass(slots=True)
@@ -37,10 +43,110 @@ class Gateway:
     loaded: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def wait_for_agents(self) -> None:
-        """Return when the registry changed or the first load is complete, whichever comes first."""
+        """Return when the snapshot changed or the first load is complete, whichever comes first."""
         waits = [asyncio.ensure_future(self.holder.wait_for_change()), asyncio.ensure_future(self.loaded.wait())]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
+
+
+@asynccontextmanager
+async def open_gateway(settings: Settings) -> AsyncIterator[Gateway]:
+    """Open the gateway: it answers at once, and loads its agents in the background.
+
+    Raises `ConfigError` when the configuration cannot be served at all; a broken drop-in is never a reason.
+    """
+    configure_logging(settings.log_level)
+    drop_in_key = f"drop-in-{secrets.token_urlsafe(24)}"
+    roots = find_roots(settings)
+    keyring = Keyring.load(settings, drop_in_key)
+    metrics = Metrics()
+    async with open_upstreams(load_upstreams(settings), metrics) as upstreams:
+        holder = SnapshotHolder(Snapshot(1, Registry(), upstreams.table, keyring))
+        services = AdapterServices(lambda: holder.current.upstreams, metrics, settings)
+        with _environment_of_drop_ins(settings, drop_in_key):
+            async with SdkLoader(settings, services, _module_policy(settings, keyring.defaults)) as loader:
+                async with AgentCatalogue(
+                    settings,
+                    loader,
+                    roots,
+                    publish=lambda registry: _swap(holder, registry),
+                    metrics=metrics,
+                ) as catalogue:
+
+                    async def reload_upstreams() -> None:
+                        holder.swap(upstreams=await upstreams.refresh(load_upstreams(settings)))
+                        await catalogue.recheck()
+
+                    async def reload_security() -> None:
+                        fresh = Keyring.load(settings, drop_in_key)
+                        holder.swap(keyring=fresh)
+                        loader.policy = _module_policy(settings, fresh.defaults)
+                        await catalogue.refresh(force=True)
+
+                    watched = {}
+                    if settings.agent_auto_reload:
+                        watched["security.yaml"] = reload_security
+                    if settings.agent_auto_reload or settings.upstream_auto_reload:
+                        watched["upstreams.yaml"] = reload_upstreams
+                    reloader = Reloader(settings, catalogue, roots, on_change=watched)
+                    gateway = Gateway(settings, holder, metrics, RunEngine(metrics), catalogue, reloader)
+                    async with _background(gateway, watch=bool(watched)):
+                        yield gateway
+
+
+@asynccontextmanager
+async def _background(gateway: Gateway, *, watch: bool) -> AsyncIterator[None]:
+    """Load the agents, then watch; both end with the gateway."""
+
+    async def work() -> None:
+        try:
+            await gateway.catalogue.refresh()
+        finally:
+            gateway.loaded.set()
+
+    tasks = [asyncio.create_task(work())]
+    if watch:
+        tasks.append(asyncio.create_task(gateway.reloader.watch()))
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with suppress(asyncio.CancelledError):
+                await task
+
+
+@contextmanager
+def _environment_of_drop_ins(settings: Settings, drop_in_key: str) -> Iterator[None]:
+    """Keep OpenAI's key out of the process: a client that a drop-in builds for itself lands in the gateway instead."""
+    placed = {"OPENAI_API_KEY": drop_in_key, "OPENAI_BASE_URL": f"http://127.0.0.1:{settings.port}/v1"}
+    before = {name: os.environ.get(name) for name in placed}
+    os.environ.update(placed)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _module_policy(settings: Settings, defaults: SecurityDefaults) -> ModulePolicy:
+    """Combine the environment's lists with those of `security.yaml`; deny wins wherever it stands."""
+    return ModulePolicy(
+        allow=(*settings.agent_allowlist, *defaults.dropin_module_allowlist),
+        deny=(*settings.agent_denylist, *defaults.dropin_module_denylist),
+        namespaces={
+            name: ModuleRules(tuple(rules.dropin_module_allowlist), tuple(rules.dropin_module_denylist))
+            for name, rules in defaults.namespace_defaults.items()
+        },
+    )
+
+
+def _swap(holder: SnapshotHolder, registry: Registry) -> None:
+    holder.swap(registry=registry)
