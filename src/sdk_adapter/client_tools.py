@@ -21,6 +21,7 @@ from gateway.errors import InvalidRequest, UnsupportedParameter, UnsupportedValu
 from gateway.principal import Principal
 from gateway.registry.entry import ClientTools
 from sdk_adapter.instrument import own_tool_names
+from sdk_adapter.mcp_servers import known_tool_names
 from sdk_adapter.messages import Item
 
 
@@ -60,11 +61,11 @@ def client_tools_of(request: ChatRequest, mode: ClientTools | None, principal: P
     return tuple(_tool(definition) for definition in definitions)
 
 
-def fitting_tools(tools: Sequence[ClientTool], agent: Agent[Any], reserved: Sequence[str] = ()) -> list[ClientTool]:
+def fitting_tools(tools: Sequence[ClientTool], agent: Agent[Any]) -> list[ClientTool]:
     """Return the tools whose names the agent does not have itself: a client never replaces an agent's own tool."""
     if not tools:
         return []
-    taken = {*own_tool_names(agent), *reserved}
+    taken = set(own_tool_names(agent))
     return [tool for tool in tools if tool.name not in taken]
 
 
@@ -73,12 +74,15 @@ async def _never(context: Any, arguments: str) -> str:
 
 
 def _tool(definition: FunctionDefinition) -> ClientTool:
+    name = definition.name
     tool = ClientTool(
-        name=definition.name,
+        name=name,
         description=definition.description or "",
         params_json_schema=definition.parameters or {"type": "object", "properties": {}},
         on_invoke_tool=_never,
         strict_json_schema=False,
+        # Asked each turn, after the agent's MCP servers have listed their tools: those come first, too.
+        is_enabled=lambda context, agent: not isinstance(agent, Agent) or name not in known_tool_names(agent),
         needs_approval=True,
     )
     # Set afterwards: the client's schema goes to the model as it was written.

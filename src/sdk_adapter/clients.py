@@ -26,7 +26,7 @@ from gateway.events import FinishReason, Usage
 from sdk_adapter.scope import Level
 
 if TYPE_CHECKING:
-    from gateway.upstreams.table import Upstream
+    from gateway.upstreams.client import Upstream
 
 T = TypeVar("T")
 
@@ -327,25 +327,27 @@ def _failure(response: Response) -> str:
 
 
 def _usage_of_chat(usage: CompletionUsage) -> Usage:
-    into, out = usage.prompt_tokens_details, usage.completion_tokens_details
     return Usage(
         input_tokens=usage.prompt_tokens or 0,
         output_tokens=usage.completion_tokens or 0,
-        cached_input_tokens=(getattr(into, "cached_tokens", None) or 0) if into is not None else 0,
-        reasoning_tokens=(getattr(out, "reasoning_tokens", None) or 0) if out is not None else 0,
+        cached_input_tokens=_detail(usage, "prompt_tokens_details", "cached_tokens"),
+        reasoning_tokens=_detail(usage, "completion_tokens_details", "reasoning_tokens"),
         requests=1,
     )
 
 
 def _usage_of_response(usage: ResponseUsage) -> Usage:
-    into, out = usage.input_tokens_details, usage.output_tokens_details
     return Usage(
         input_tokens=usage.input_tokens or 0,
         output_tokens=usage.output_tokens or 0,
-        cached_input_tokens=(getattr(into, "cached_tokens", None) or 0) if into is not None else 0,
-        reasoning_tokens=(getattr(out, "reasoning_tokens", None) or 0) if out is not None else 0,
+        cached_input_tokens=_detail(usage, "input_tokens_details", "cached_tokens"),
+        reasoning_tokens=_detail(usage, "output_tokens_details", "reasoning_tokens"),
         requests=1,
     )
+
+
+def _detail(usage: Any, group: str, name: str) -> int:
+    return getattr(getattr(usage, group, None), name, None) or 0
 
 
 async def _run_at_home(level: Level | None, call: Coroutine[Any, Any, T]) -> T:

@@ -70,9 +70,7 @@ def off_the_loop(instructions: Any) -> Any:
     """Return instructions whose plain (not async) callable runs in a worker thread; anything else as it is."""
     if instructions is None or isinstance(instructions, str) or not callable(instructions):
         return instructions
-    if inspect.iscoroutinefunction(instructions) or inspect.iscoroutinefunction(
-        getattr(instructions, "__call__", None)
-    ):
+    if inspect.iscoroutinefunction(instructions) or inspect.iscoroutinefunction(type(instructions).__call__):
         return instructions
 
     async def threaded(context: Any, agent: Any) -> Any:

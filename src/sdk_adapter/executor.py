@@ -9,14 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
-from agents import Agent, RunConfig, Runner, RunResultStreaming
+from agents import Agent, RunConfig, Runner, RunResult, RunResultStreaming
 from agents.items import ToolApprovalItem
-from agents.result import RunResultBase
 from agents.stream_events import StreamEvent
 
 from gateway.chat import ChatRequest
@@ -30,12 +29,12 @@ from sdk_adapter.cloning import RunClones
 from sdk_adapter.context import GatewayContext
 from sdk_adapter.failures import EarlyEnd, as_gateway_error, early_end, root_cause
 from sdk_adapter.guarding import Gate, InputVerdict
-from sdk_adapter.instrument import Survey, ToolStatus, observe_tools, survey
+from sdk_adapter.instrument import Survey, observe_tools, survey
 from sdk_adapter.mcp_servers import McpServers
 from sdk_adapter.messages import Item, items_of
 from sdk_adapter.models import GatewayProvider
 from sdk_adapter.request_settings import RequestSettings
-from sdk_adapter.scope import MODEL_CALLS_PER_TURN, Level, RunScope, enter_level
+from sdk_adapter.scope import MODEL_CALLS_PER_TURN, Level, RunScope, ToolStatus, enter_level
 from sdk_adapter.services import AdapterServices
 from sdk_adapter.tracing import nobody_listens
 from sdk_adapter.translation import EventTranslator
@@ -111,12 +110,12 @@ class AgentExecutor:
         self._guarded = options.stream_mode == "guarded" or (options.stream_mode == "auto" and seen.output_guardrails)
         self._provider = GatewayProvider(services.upstreams)
         self._turns = TurnMemory()
-        self._mcp = McpServers(seen.mcp_servers, agent_id=agent_id, observe=self._observe)
+        self._mcp = McpServers(seen.mcp_servers, agent_id=agent_id)
         self._running = 0
         self._idle = asyncio.Event()
         self._closed = False
         for reached in seen.agents:
-            observe_tools(reached, self._observe)
+            observe_tools(reached)
 
     async def open(self) -> None:
         """Start connecting the agent's MCP servers; a server that cannot be reached fails only runs that need it."""
@@ -161,6 +160,7 @@ class AgentExecutor:
             table=self._services.upstreams(),
             loop=asyncio.get_running_loop(),
             model_call_limit=self._max_turns * MODEL_CALLS_PER_TURN,
+            observe=self._observe,
             upstream=self._options.upstream,
             default_model=self._options.model or self._services.settings.default_model,
             max_tool_hops=self._options.max_tool_hops,
@@ -202,7 +202,7 @@ class AgentExecutor:
     ) -> dict[str, Any]:
         entry = agent is self._entry
         changes: dict[str, Any] = {"model_settings": settings.over(agent, entry=entry)}
-        if fitting := fitting_tools(tools, agent, self._mcp.tool_names(agent)):
+        if fitting := fitting_tools(tools, agent):
             changes["tools"] = [*agent.tools, *fitting]
         if entry and settings.tool_choice is not None:
             # Without the reset, a forced tool would be called again in every turn.
@@ -252,7 +252,7 @@ class _Answer:
                 async for event in events:
                     yield event
             log_event(_log, f"{name}.success", duration_ms=_since(started), **self._log_fields())
-        except Exception as error:  # noqa: BLE001 -- the border to the author's code: everything becomes a GatewayError
+        except Exception as error:
             shown = as_gateway_error(error, self.run.model)
             self._log_failure(f"{name}.failure", error, shown, _since(started))
             if shown is error:
@@ -283,10 +283,15 @@ class _Answer:
             result = Runner.run_streamed(self.entry, cast(Any, self.items), **self._arguments())
         try:
             async with aclosing(cast("AsyncGenerator[StreamEvent, None]", result.stream_events())) as stream:
-                async for item in stream:
-                    for event in translator.feed(item):
-                        for passed in self.gate.put(event):
-                            yield passed
+                try:
+                    async for item in stream:
+                        for event in translator.feed(item):
+                            for passed in self.gate.put(event):
+                                yield passed
+                except (GeneratorExit, asyncio.CancelledError):
+                    # Before the stream is closed: closing it alone would wait for the run to end.
+                    result.cancel()
+                    raise
             if result.run_loop_exception is not None:
                 raise result.run_loop_exception
         except Exception as error:
@@ -322,7 +327,7 @@ class _Answer:
             yield translator.refusal(end.refusal)
         yield RunFinished(end.finish_reason, self._usage())
 
-    def _finished(self, result: RunResultBase) -> RunFinished:
+    def _finished(self, result: RunResult | RunResultStreaming) -> RunFinished:
         reason: FinishReason = "stop"
         if result.interruptions:
             reason = "tool_calls"
@@ -331,7 +336,7 @@ class _Answer:
             reason = self.level.finish_reason
         return RunFinished(reason, self._usage())
 
-    def _keep_turn(self, result: RunResultBase) -> None:
+    def _keep_turn(self, result: RunResult | RunResultStreaming) -> None:
         items = [item.to_input_item() for item in result.new_items if not isinstance(item, ToolApprovalItem)]
         kept = cast("list[Item]", items)
         if any(item.get("type") != "function_call" and item.get("type") != "message" for item in kept):

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from agents import (
     Agent,
@@ -34,9 +34,7 @@ from agents import (
 from agents.mcp import MCPServer
 from agents.tool import CustomTool, ProgrammaticToolCallingTool, Tool, ToolSearchTool
 
-ToolStatus = Literal["success", "error", "timeout"]
-Observe = Callable[[str, str, str, ToolStatus, float], None]
-"""Told of every tool call: tool, provider (``native``, ``agent``, ``mcp``), agent, status, seconds."""
+from sdk_adapter.scope import ToolStatus, current_level
 
 _HOSTED: tuple[tuple[type[Any], str], ...] = (
     (WebSearchTool, "web_search"),
@@ -108,18 +106,20 @@ def own_tool_names(agent: Agent[Any]) -> list[str]:
     return [*(tool.name for tool in agent.tools), *(_handoff_name(item) for item in agent.handoffs)]
 
 
-def observe_tools(agent: Agent[Any], observe: Observe) -> None:
-    """Time and count every call of the agent's function tools from now on; done once per tool."""
+def observe_tools(agent: Agent[Any]) -> None:
+    """Report every call of the agent's function tools to the run it belongs to, from now on; done once per tool.
+
+    The run is looked up at the call: tools of an installed package are shared by agents and outlive their loads.
+    """
     for tool in agent.tools:
         if not isinstance(tool, FunctionTool):
             continue
-        provider = "agent" if is_agent_tool(tool) else "native"
         invoker: Any = tool.on_invoke_tool
         inner = getattr(invoker, "_invoke_tool_impl", None)
         call = inner if inner is not None else invoker
         if hasattr(call, _MARK):
             continue
-        observed = _observed(call, tool, provider, agent.name, observe)
+        observed = _observed(call, tool)
         if inner is not None:
             # Inside the SDK's failure handling, which turns an exception into text for the model.
             invoker._invoke_tool_impl = observed
@@ -142,9 +142,9 @@ def is_default_provider(provider: object) -> bool:
     return all(getattr(provider, name, None) is None for name in given)
 
 
-def _observed(
-    call: Callable[..., Awaitable[Any]], tool: FunctionTool, provider: str, agent: str, observe: Observe
-) -> Callable[..., Awaitable[Any]]:
+def _observed(call: Callable[..., Awaitable[Any]], tool: FunctionTool) -> Callable[..., Awaitable[Any]]:
+    provider = "agent" if is_agent_tool(tool) else "native"
+
     # `wraps` also carries the SDK's own marks on the function (argument preparation, the wrapped callable).
     @functools.wraps(call)
     async def observed(context: Any, arguments: str) -> Any:
@@ -160,8 +160,10 @@ def _observed(
             status = "timeout" if timed_out else None
             raise
         finally:
-            if status is not None:
-                observe(tool.name, provider, agent, status, time.perf_counter() - started)
+            level = current_level()
+            if level is not None and status is not None:
+                agent = getattr(getattr(context, "agent", None), "name", "")
+                level.scope.observe(tool.name, provider, agent, status, time.perf_counter() - started)
 
     setattr(observed, _MARK, True)
     return observed

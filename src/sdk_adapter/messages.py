@@ -44,6 +44,7 @@ class NamedText(str):
     name: str
 
     def __new__(cls, text: str, name: str) -> NamedText:
+        """Return ``text``, said by ``name``."""
         named = super().__new__(cls, text)
         named.name = name
         return named

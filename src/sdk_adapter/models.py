@@ -32,6 +32,9 @@ from sdk_adapter.scope import Level, current_level
 if TYPE_CHECKING:
     from gateway.upstreams.table import ModelBinding, UpstreamTable
 
+PLACEHOLDER_MODEL = "gateway-default"
+"""Stands where the SDK would assume a GPT-5 model, and its settings, for agents that name no model."""
+
 _CHAT_ONLY = (
     "frequency_penalty",
     "logit_bias",
@@ -64,6 +67,8 @@ class GatewayProvider(ModelProvider):
 
         Raises the table's own errors (`UnknownModel`, `UnknownUpstream`), whose message says how to mend it.
         """
+        if model_name == PLACEHOLDER_MODEL:
+            model_name = None
         level = current_level()
         if level is None:
             binding = self._upstreams().resolve(model_name)

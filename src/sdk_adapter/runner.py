@@ -17,16 +17,13 @@ from agents.run import AgentRunner, get_default_agent_runner, set_default_agent_
 
 from sdk_adapter.cloning import RunClones
 from sdk_adapter.instrument import is_default_provider
-from sdk_adapter.models import GatewayProvider
+from sdk_adapter.models import PLACEHOLDER_MODEL, GatewayProvider
 from sdk_adapter.scope import Level, current_level, enter_level
 from sdk_adapter.services import AdapterServices
 from sdk_adapter.tracing import nobody_listens, tracing_at_home
 
 if TYPE_CHECKING:
     from gateway.upstreams.table import UpstreamTable
-
-PLACEHOLDER_MODEL = "gateway-default"
-"""Stands where the SDK would assume a GPT-5 model, and its settings, for agents that name no model."""
 
 _ENVIRONMENT = {
     "OPENAI_DEFAULT_MODEL": PLACEHOLDER_MODEL,

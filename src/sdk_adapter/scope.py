@@ -8,11 +8,11 @@ threads inherit.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from gateway.errors import AgentFailed
 from gateway.events import FinishReason, Usage
@@ -20,6 +20,10 @@ from gateway.run import Run
 
 if TYPE_CHECKING:
     from gateway.upstreams.table import UpstreamTable
+
+ToolStatus = Literal["success", "error", "timeout"]
+Observe = Callable[[str, str, str, ToolStatus, float], None]
+"""Told of a tool call: tool, provider (``native``, ``agent``, ``mcp``), agent, status, seconds."""
 
 DEEPEST_LEVEL = 8
 """Runs inside runs; an agent that is its own tool ends here."""
@@ -40,6 +44,7 @@ class RunScope:
     table: UpstreamTable
     loop: asyncio.AbstractEventLoop
     model_call_limit: int
+    observe: Observe
     upstream: str | None = None
     default_model: str | None = None
     max_tool_hops: int | None = None

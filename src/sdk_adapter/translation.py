@@ -19,7 +19,6 @@ from agents.items import (
     ToolCallItem,
     ToolCallOutputItem,
 )
-from agents.result import RunResultBase
 from agents.stream_events import StreamEvent
 from pydantic import BaseModel, TypeAdapter
 
@@ -140,14 +139,13 @@ class EventTranslator:
             name, agent = self._calls.pop(call_id, ("", item.agent.name))
             yield ToolFinished(call_id, name, agent)
 
-    def _outcome(self, result: RunResultBase) -> Iterator[RunEvent]:
+    def _outcome(self, result: RunResult | RunResultStreaming) -> Iterator[RunEvent]:
         if result.interruptions:
             yield from self._requested(result.interruptions)
-        elif result.new_items and not isinstance(result.new_items[-1], MessageOutputItem):
+        elif result.new_items and isinstance(result.new_items[-1], ToolCallOutputItem):
             # `tool_use_behavior` made a tool's result the answer.
-            if isinstance(result.new_items[-1], ToolCallOutputItem) and result.final_output is not None:
-                self._in_message = False
-                yield from self.text(as_text(result.final_output))
+            self._in_message = False
+            yield from self.text("" if result.final_output is None else as_text(result.final_output))
 
     def _requested(self, interruptions: list[ToolApprovalItem]) -> Iterator[RunEvent]:
         waiting = [item.name or "" for item in interruptions if not self.is_client_call(item)]
