@@ -1,0 +1,204 @@
+"""Relay: the judged request goes out, the upstream's answer comes back under the gateway's name."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import Iterator
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+
+from gateway.chat import decode_body, decode_model, decode_relay
+from gateway.errors import GatewayError, UpstreamError, UpstreamIncomplete
+from gateway.events import RelayedBody, RelayedChunk, RelayEnded, RunEvent, Usage
+from gateway.principal import Principal
+from gateway.run import Run
+from gateway.runs.relay import RelayExecutor
+from gateway.upstreams.table import ModelBinding
+from tests.support.scripted_answers import LAST, STREAM_HEAD, Answer, Call, chunk, sse, status
+from tests.support.scripted_faults import fault
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.upstream_calls import connected
+
+USAGE = {
+    "prompt_tokens": 11,
+    "completion_tokens": 7,
+    "total_tokens": 18,
+    "prompt_tokens_details": {"cached_tokens": 3},
+    "completion_tokens_details": {"reasoning_tokens": 2},
+}
+COUNTED = Usage(input_tokens=11, output_tokens=7, cached_input_tokens=3, reasoning_tokens=2, requests=1)
+
+
+@pytest.fixture
+def scripted() -> Iterator[ScriptedUpstream]:
+    with ScriptedUpstream() as upstream:
+        yield upstream
+
+
+def run_of(body: bytes) -> Run:
+    fields = decode_body(body)
+    request = decode_relay(decode_model(fields), fields)
+    return Run(
+        id=uuid.uuid4(),
+        request_id="req-1",
+        principal=Principal("p", "k", ("*",)),
+        model=request.model,
+        request=request,
+        streamed=request.stream,
+        created=0,
+        deadline_s=60,
+    )
+
+
+def relay(scripted: ScriptedUpstream, passthrough_keys: tuple[str, ...] = (), **fields: Any) -> list[RunEvent]:
+    body = {"model": "up/m", "messages": [{"role": "user", "content": "Hi"}], **fields}
+    return relay_bytes(scripted, json.dumps(body).encode(), passthrough_keys)
+
+
+def relay_bytes(scripted: ScriptedUpstream, body: bytes, passthrough_keys: tuple[str, ...] = ()) -> list[RunEvent]:
+    async def main() -> list[RunEvent]:
+        async with connected(scripted.base_url, passthrough_keys=passthrough_keys) as upstream:
+            return [event async for event in RelayExecutor(ModelBinding(upstream, "real-m")).execute(run_of(body))]
+
+    return asyncio.run(main())
+
+
+def chunks_of(events: list[RunEvent]) -> list[Any]:
+    return [json.loads(event.data) for event in events if isinstance(event, RelayedChunk)]
+
+
+def test_plain_answer(scripted: ScriptedUpstream) -> None:
+    scripted.enqueue(Answer(text="Hello", usage=USAGE, extra={"x_vendor": {"a": [1]}}))
+    (event,) = relay(scripted, top_k=5, chat_template_kwargs={"enable_thinking": False}, stream_options=None)
+    assert isinstance(event, RelayedBody)
+    assert (event.finish_reason, event.usage) == ("stop", COUNTED)
+    answer = json.loads(event.data)
+    assert (answer["model"], answer["x_vendor"]) == ("up/m", {"a": [1]})
+    assert answer["choices"][0]["message"]["content"] == "Hello"
+    sent = scripted.requests[0]
+    assert sent.json == {
+        "model": "real-m",
+        "messages": [{"role": "user", "content": "Hi"}],
+        "top_k": 5,
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    assert sent.headers["x-request-id"] == "req-1"
+
+
+def test_fields_go_out_as_they_came(scripted: ScriptedUpstream) -> None:
+    """Numbers keep their digits and text its escapes: nothing is re-modelled."""
+    relay_bytes(
+        scripted,
+        rb'{"m\u006fdel":"up/m","seed":1.0e2,"messages":[ {"content":"\u00e9 \/"} ],"big":12345678901234567890}',
+    )
+    sent = scripted.requests[0].body
+    assert rb'[ {"content":"\u00e9 \/"} ]' in sent
+    assert b'"seed":1.0e2' in sent
+    assert b"12345678901234567890" in sent
+    assert sent.count(b"model") == 1
+
+
+def test_stream_without_usage_asked(scripted: ScriptedUpstream) -> None:
+    scripted.enqueue(Answer(text="one two", reasoning="hm", usage=USAGE))
+    events = relay(scripted, stream=True, stream_options={"include_obfuscation": False})
+    assert events[-1] == RelayEnded("stop", COUNTED)
+    chunks = chunks_of(events)
+    assert all("usage" not in c and c["choices"] and c["model"] == "up/m" for c in chunks)
+    deltas = [c["choices"][0]["delta"] for c in chunks]
+    assert {"reasoning_content": "hm"} in deltas
+    assert "".join(d.get("content") or "" for d in deltas) == "one two"
+    sent = scripted.requests[0].json
+    assert sent["stream"] is True
+    assert sent["stream_options"] == {"include_obfuscation": False, "include_usage": True}
+
+
+def test_stream_with_usage_asked(scripted: ScriptedUpstream) -> None:
+    scripted.enqueue(Answer(text="one", usage=USAGE))
+    events = relay(scripted, stream=True, stream_options={"include_usage": True})
+    chunks = chunks_of(events)
+    assert (chunks[-1]["choices"], chunks[-1]["usage"]) == ([], USAGE)
+    assert all(c["usage"] is None for c in chunks[:-1])
+    assert events[-1] == RelayEnded("stop", COUNTED)
+
+
+def test_usage_on_the_last_content_chunk_gets_a_chunk_of_its_own(scripted: ScriptedUpstream) -> None:
+    stream = [STREAM_HEAD, *sse(chunk({"content": "x"}), chunk({}, "length", usage=USAGE), b"[DONE]"), LAST]
+    scripted.enqueue(Answer(steps=lambda streamed: stream), Answer(steps=lambda streamed: stream))
+    events = relay(scripted, stream=True, stream_options={"include_usage": True})
+    chunks = chunks_of(events)
+    assert [c["usage"] for c in chunks] == [None, None, USAGE]
+    assert chunks[-1]["choices"] == []
+    assert {c["id"] for c in chunks} == {"chatcmpl-scripted"}
+    assert events[-1] == RelayEnded("length", COUNTED)
+    assert all("usage" not in c for c in chunks_of(relay(scripted, stream=True)))
+
+
+def test_foreign_top_level_keys_never_reach_the_client(scripted: ScriptedUpstream) -> None:
+    extra = {"event": "x", "type": "response.x", "selected_model_id": "secret", "timings": {"ms": 1}, "error": None}
+    scripted.enqueue(Answer(text="a", extra=extra), Answer(text="a", extra=extra))
+    foreign = extra.keys() - {"timings"}
+    strict = chunks_of(relay(scripted, stream=True))
+    assert not any(c.keys() & extra.keys() for c in strict)
+    lenient = chunks_of(relay(scripted, ("timings", "error"), stream=True))
+    assert all(c["timings"] == {"ms": 1} and not c.keys() & foreign for c in lenient)
+
+
+def test_frames_that_are_no_chunks_are_dropped(scripted: ScriptedUpstream) -> None:
+    stream = [STREAM_HEAD, *sse({"status": "loading"}, chunk({"content": "x"}, "stop"), {}, b"[DONE]"), LAST]
+    scripted.enqueue(Answer(steps=lambda streamed: stream))
+    assert len(chunks_of(relay(scripted, stream=True, stream_options={"include_usage": True}))) == 1
+
+
+def test_tool_calls_pass(scripted: ScriptedUpstream) -> None:
+    scripted.enqueue(*[Answer(calls=[Call("f", {"a": 1}), Call("g")], usage=None)] * 2)
+    (whole,) = relay(scripted)
+    assert isinstance(whole, RelayedBody)
+    assert (whole.finish_reason, whole.usage) == ("tool_calls", None)
+    events = relay(scripted, stream=True, stream_options={"include_usage": True})
+    assert events[-1] == RelayEnded("tool_calls", None)
+    parts = [c["choices"][0]["delta"].get("tool_calls") for c in chunks_of(events)]
+    assert {part[0]["index"] for part in parts if part} == {0, 1}
+
+
+@pytest.mark.parametrize("usage", [{}, {"prompt_tokens": "many"}, [], 7])
+def test_odd_usage_counts_as_little_or_none(scripted: ScriptedUpstream, usage: Any) -> None:
+    scripted.enqueue(Answer(text="x", usage=usage))
+    (event,) = relay(scripted)
+    assert isinstance(event, RelayedBody)
+    assert event.usage in (None, Usage(requests=1))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_failures_pass_through(scripted: ScriptedUpstream, streamed: bool) -> None:
+    scripted.enqueue(status(500), fault("no_finish_reason"))
+    with pytest.raises(UpstreamError, match="500"):
+        relay(scripted, stream=streamed)
+    with pytest.raises(UpstreamIncomplete):
+        relay(scripted, stream=streamed)
+
+
+def test_leaving_closes_the_upstream(scripted: ScriptedUpstream) -> None:
+    async def main() -> None:
+        async with connected(scripted.base_url) as upstream:
+            scripted.enqueue(Answer(text="one two", gate=scripted.gate()))
+            run = run_of(b'{"model":"up/m","messages":[],"stream":true}')
+            async with aclosing(RelayExecutor(ModelBinding(upstream, "m")).execute(run)) as events:  # type: ignore[type-var]
+                await anext(events)
+            await asyncio.to_thread(scripted.wait_closed, 1, 1)
+
+    asyncio.run(main())
+
+
+def test_only_relayed_requests_are_served(scripted: ScriptedUpstream) -> None:
+    async def main() -> None:
+        async with connected(scripted.base_url) as upstream:
+            run = run_of(b'{"model":"up/m","messages":[]}')
+            object.__setattr__(run, "request", None)
+            with pytest.raises(GatewayError):
+                await anext(RelayExecutor(ModelBinding(upstream, "m")).execute(run))
+
+    asyncio.run(main())
