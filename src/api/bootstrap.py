@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 
 from gateway.config import Settings
@@ -63,38 +63,41 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Gateway]:
     roots = find_roots(settings)
     keyring = Keyring.load(settings, drop_in_key)
     metrics = Metrics()
-    async with open_upstreams(load_upstreams(settings), metrics) as upstreams:
+    async with AsyncExitStack() as stack:
+        upstreams = await stack.enter_async_context(open_upstreams(load_upstreams(settings), metrics))
         holder = SnapshotHolder(Snapshot(1, Registry(), upstreams.table, keyring))
         services = AdapterServices(lambda: holder.current.upstreams, metrics, settings)
-        with _environment_of_drop_ins(settings, drop_in_key):
-            async with SdkLoader(settings, services, _module_policy(settings, keyring.defaults)) as loader:
-                async with AgentCatalogue(
-                    settings,
-                    loader,
-                    roots,
-                    publish=lambda registry: _swap(holder, registry),
-                    metrics=metrics,
-                ) as catalogue:
+        stack.enter_context(_environment_of_drop_ins(settings, drop_in_key))
+        loader = await stack.enter_async_context(
+            SdkLoader(settings, services, _module_policy(settings, keyring.defaults))
+        )
 
-                    async def reload_upstreams() -> None:
-                        holder.swap(upstreams=await upstreams.refresh(load_upstreams(settings)))
-                        await catalogue.recheck()
+        def publish(registry: Registry) -> None:
+            holder.swap(registry=registry)
 
-                    async def reload_security() -> None:
-                        fresh = Keyring.load(settings, drop_in_key)
-                        holder.swap(keyring=fresh)
-                        loader.policy = _module_policy(settings, fresh.defaults)
-                        await catalogue.refresh(force=True)
+        catalogue = await stack.enter_async_context(
+            AgentCatalogue(settings, loader, roots, publish=publish, metrics=metrics)
+        )
 
-                    watched = {}
-                    if settings.agent_auto_reload:
-                        watched["security.yaml"] = reload_security
-                    if settings.agent_auto_reload or settings.upstream_auto_reload:
-                        watched["upstreams.yaml"] = reload_upstreams
-                    reloader = Reloader(settings, catalogue, roots, on_change=watched)
-                    gateway = Gateway(settings, holder, metrics, RunEngine(metrics), catalogue, reloader)
-                    async with _background(gateway, watch=bool(watched)):
-                        yield gateway
+        async def reload_upstreams() -> None:
+            holder.swap(upstreams=await upstreams.refresh(load_upstreams(settings)))
+            await catalogue.recheck()
+
+        async def reload_security() -> None:
+            fresh = Keyring.load(settings, drop_in_key)
+            holder.swap(keyring=fresh)
+            loader.policy = _module_policy(settings, fresh.defaults)
+            await catalogue.refresh(force=True)
+
+        watched: dict[str, Callable[[], Awaitable[None]]] = {}
+        if settings.agent_auto_reload:
+            watched["security.yaml"] = reload_security
+        if settings.agent_auto_reload or settings.upstream_auto_reload:
+            watched["upstreams.yaml"] = reload_upstreams
+        reloader = Reloader(settings, catalogue, roots, on_change=watched)
+        gateway = Gateway(settings, holder, metrics, RunEngine(metrics), catalogue, reloader)
+        await stack.enter_async_context(_background(gateway, watch=bool(watched)))
+        yield gateway
 
 
 @asynccontextmanager
@@ -146,7 +149,3 @@ def _module_policy(settings: Settings, defaults: SecurityDefaults) -> ModulePoli
             for name, rules in defaults.namespace_defaults.items()
         },
     )
-
-
-def _swap(holder: SnapshotHolder, registry: Registry) -> None:
-    holder.swap(registry=registry)

@@ -89,7 +89,7 @@ class GatewayApp:
                     response = await route.handler(request)
                     if response is not None:
                         await _respond(send_with_id, response)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - the border: nothing escapes as anything but an error object
                 shown = public(error)
                 gateway.metrics.error(shown.domain, shown.code or shown.type)
                 if not isinstance(error, GatewayError):
@@ -113,9 +113,7 @@ class GatewayApp:
                     user_agent=headers.get("user-agent"),
                 )
 
-    def _enter(
-        self, gateway: Gateway, scope: Scope, headers: dict[str, str]
-    ) -> tuple[Route, Principal | None, Any]:
+    def _enter(self, gateway: Gateway, scope: Scope, headers: dict[str, str]) -> tuple[Route, Principal | None, Any]:
         """The door: route, key, scope. A path that nothing serves still needs a key, so that probing tells nothing."""
         try:
             route, params = self._table.match(scope["method"], scope["path"])

@@ -22,7 +22,9 @@ TABLE = RouteTable(
             create_chat_completion,
             aliases=("/chat/completions",),
         ),
-        Route("GET", "/v1/models", "models.list", "chat", "List the models the key reaches.", list_models, ("/models",)),
+        Route(
+            "GET", "/v1/models", "models.list", "chat", "List the models the key reaches.", list_models, ("/models",)
+        ),
         Route(
             "GET",
             "/v1/models/{model:path}",

@@ -336,7 +336,8 @@ def decode_model(fields: Mapping[str, Raw]) -> str:
     raw = fields.get("model")
     if raw is None:
         raise InvalidRequest("you must provide a model parameter", param="model")
-    return _decode(raw, str, "model")
+    model: str = _decode(raw, str, "model")
+    return model
 
 
 def decode_flag(fields: Mapping[str, Raw], name: str) -> bool:

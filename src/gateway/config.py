@@ -35,7 +35,9 @@ class Settings:
     """Everything the environment decides, read once at start-up."""
 
     environment: Environment = setting(
-        "GATEWAY_ENV", "development", "`development` or `production`; production refuses keyless callers and the dev key."
+        "GATEWAY_ENV",
+        "development",
+        "`development` or `production`; production refuses keyless callers and the dev key.",
     )
     project_name: str = setting("GATEWAY_PROJECT_NAME", "agent-gateway", "Service name in `/health` and `/`.")
     host: str = setting("GATEWAY_HOST", "127.0.0.1", "Address `gateway dev` listens on.")
@@ -71,7 +73,9 @@ class Settings:
         "GATEWAY_AGENT_DISCOVERY_ALLOWLIST", (), "fnmatch patterns of modules that may load; empty allows all."
     )
     agent_denylist: tuple[str, ...] = setting(
-        "GATEWAY_AGENT_DISCOVERY_DENYLIST", (), "fnmatch patterns of modules that may not load or be imported; deny wins."
+        "GATEWAY_AGENT_DISCOVERY_DENYLIST",
+        (),
+        "fnmatch patterns of modules that may not load or be imported; deny wins.",
     )
     agent_auto_reload: bool = setting(
         "GATEWAY_AGENT_AUTO_RELOAD",
@@ -111,7 +115,9 @@ class Settings:
     )
 
     body_limit_bytes: int = setting("GATEWAY_REQUEST_BODY_LIMIT_BYTES", 10_000_000, "Largest request body, bytes.")
-    body_timeout_s: float = setting("GATEWAY_REQUEST_BODY_TIMEOUT_S", 30.0, "Seconds a client may take to send its body.")
+    body_timeout_s: float = setting(
+        "GATEWAY_REQUEST_BODY_TIMEOUT_S", 30.0, "Seconds a client may take to send its body."
+    )
     run_timeout_s: float = setting("GATEWAY_RUN_TIMEOUT_S", 600.0, "Seconds a run may take in all.")
     ping_s: float = setting("GATEWAY_STREAM_PING_S", 15.0, "Seconds of silence before a stream sends a comment.")
     header_allowlist: tuple[str, ...] = setting(
@@ -147,8 +153,9 @@ class Settings:
         return candidate if candidate.is_dir() or not Path("agents").is_dir() else Path("agents")
 
     def config_file(self, name: str) -> Path | None:
-        """Find ``name`` (``security.yaml`` …): its variable, ``config/`` beside the agents folder, the checkout, the package.
+        """Find ``name`` (``security.yaml`` …).
 
+        Looked at in order: its variable, ``config/`` beside the agents folder, the checkout, the packaged defaults.
         An explicitly named file that does not exist is a `ConfigError`; otherwise None means "there is none".
         """
         explicit = {
@@ -160,7 +167,8 @@ class Settings:
             if not explicit.is_file():
                 raise ConfigError(f"{explicit} does not exist; it is named as the path of {name} by the environment.")
             return explicit
-        for folder in (self.agents_root().resolve().parent / "config", _CHECKOUT / "config", _CHECKOUT / "gateway" / "defaults"):
+        beside = self.agents_root().resolve().parent / "config"
+        for folder in (beside, _CHECKOUT / "config", _CHECKOUT / "gateway" / "defaults"):
             if (folder / name).is_file():
                 return folder / name
         return None
@@ -255,7 +263,7 @@ def _holds_struct(hint: Any) -> bool:
 
 
 def _split_path(path: str) -> tuple[str | int, ...]:
-    return tuple(int(i) if i else k for k, i in re.findall(r"\.?([^.\[\]]+)|\[(\d+)\]", path) for k in (k,)) if path else ()
+    return tuple(int(index) if index else key for index, key in re.findall(r"\[(\d+)\]|\.?([^.\[\]]+)", path))
 
 
 def _line(tree: Any, keys: tuple[str | int, ...]) -> int:

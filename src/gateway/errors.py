@@ -85,8 +85,9 @@ class GatewayError(Exception):
 class InvalidRequest(GatewayError):
     """The request itself cannot be served as written."""
 
-    status, type, code = 400, "invalid_request_error", None
-    domain = "caller"
+    status, type = 400, "invalid_request_error"
+    code: str | None = None
+    domain: ClassVar[FaultDomain] = "caller"
 
 
 class UnsupportedParameter(InvalidRequest):
