@@ -18,11 +18,12 @@ import msgspec
 from openai import NotGiven, Omit
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from openai.types.responses import Response, ResponseStreamEvent, ResponseUsage
+from openai.types.responses import Response, ResponseCompletedEvent, ResponseStreamEvent, ResponseUsage
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from gateway.errors import UpstreamError, UpstreamIncomplete, UpstreamMalformed
 from gateway.events import FinishReason, Usage
+from sdk_adapter.messages import NamedText
 from sdk_adapter.scope import Level
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ class _ChatCompletions:
         """Send a chat completion request; the SDK passes what ``chat.completions.create`` takes."""
         if self._upstream.config.provider == "openai" and not _is_absent(kwargs.get("max_tokens")):
             kwargs["max_completion_tokens"] = kwargs.pop("max_tokens")
+        _name_participants(kwargs["messages"])
         body, arguments = _encode_request(kwargs, self._level)
         _refuse_query(kwargs)
         self._record.asked(len(body))
@@ -222,7 +224,7 @@ class _Responses:
                     elif event.type in ("response.completed", "response.incomplete"):
                         ended = True
                         self._settle(event.response)
-                        event.type = "response.completed"
+                        event = _completed(event)
                     yield event
             if not ended:
                 raise UpstreamIncomplete("The upstream's answer ended before it was finished.")
@@ -260,6 +262,16 @@ def _enc_hook(value: Any) -> Any:
 def _query(kwargs: dict[str, Any]) -> str:
     query = kwargs.get("extra_query")
     return f"?{urlencode(query)}" if query else ""
+
+
+def _name_participants(messages: list[dict[str, Any]]) -> None:
+    """Put back the names of participants, which SDK items have no place for."""
+    for message in messages:
+        content = message.get("content")
+        texts = [content] if isinstance(content, str) else [part.get("text") for part in content or ()]
+        named = next((text for text in texts if isinstance(text, NamedText)), None)
+        if named is not None:
+            message["name"] = named.name
 
 
 def _refuse_query(kwargs: dict[str, Any]) -> None:
@@ -319,6 +331,13 @@ def _parse_response_event(data: bytes) -> Any:
     ):
         raise UpstreamMalformed("The upstream's last event is not what its protocol allows.")
     return None
+
+
+def _completed(event: Any) -> ResponseCompletedEvent:
+    """Return the end that the SDK takes for one; how it really ended is in the record."""
+    return ResponseCompletedEvent.construct(
+        type="response.completed", response=event.response, sequence_number=event.sequence_number
+    )
 
 
 def _failure(response: Response) -> str:

@@ -131,9 +131,10 @@ class _Translation:
             self.items.extend(recalled)
         else:
             content = list(_answer_parts(message))
-            if content and message.name is not None and content[0]["type"] == "output_text":
-                content[0]["text"] = NamedText(content[0]["text"], message.name)
-            if content or not calls:
+            if message.name is not None and content and all(part["type"] == "output_text" for part in content):
+                text = "\n".join(part["text"] for part in content)
+                self.items.append({"role": "assistant", "content": NamedText(text, message.name)})
+            elif content or not calls:
                 self.items.append(_answer(content or [{"type": "output_text", "text": "", "annotations": []}]))
             self.items.extend(calls)
         self._open_calls = {call["call_id"]: index for call in calls}

@@ -23,7 +23,7 @@ from agents.models.openai_responses import OpenAIResponsesModel
 from agents.retry import ModelRetryAdvice, ModelRetryAdviceRequest
 from agents.usage import Usage as SdkUsage
 
-from gateway.chat import ChatRequest
+from gateway.chat import ChatRequest, FunctionMessage
 from gateway.errors import AgentFailed, UnsupportedParameter
 from gateway.events import FinishReason, Usage
 from sdk_adapter.clients import UpstreamClient
@@ -258,4 +258,11 @@ def _refuse_chat_only(level: Level) -> None:
                 f"'{name}' cannot be honoured here: this agent's upstream speaks the Responses API, which has no such "
                 "field. Leave it out, or have the upstream's 'api' set to 'chat'.",
                 param=name,
+            )
+    for index, message in enumerate(request.messages):
+        if getattr(message, "name", None) is not None and not isinstance(message, FunctionMessage):
+            raise UnsupportedParameter(
+                f"messages[{index}].name cannot be honoured here: this agent's upstream speaks the Responses API, "
+                "which knows no names of participants. Leave it out.",
+                param=f"messages[{index}].name",
             )
