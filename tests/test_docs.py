@@ -167,11 +167,25 @@ def test_every_endpoint_is_documented() -> None:
 
 
 def test_every_error_code_is_documented() -> None:
-    def codes(kind: type[GatewayError]) -> set[str]:
-        own = {kind.code} if kind.code else set()
-        return own.union(*(codes(child) for child in kind.__subclasses__()))
+    assert {code for kind in error_classes(GatewayError) if (code := kind.code)} <= named_in("errors.md")
 
-    assert codes(GatewayError) <= named_in("errors.md")
+
+def test_every_code_that_an_error_is_given_where_it_is_raised_is_documented() -> None:
+    names = {kind.__name__ for kind in error_classes(GatewayError)}
+    given = {
+        code
+        for _, tree in trees()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and _name(node.func) in names
+        for keyword in node.keywords
+        if keyword.arg == "code"
+        for code in _literals(keyword.value, tree)
+    }
+    assert given <= named_in("errors.md")
+
+
+def error_classes(kind: type[GatewayError]) -> list[type[GatewayError]]:
+    return [kind, *(found for child in kind.__subclasses__() for found in error_classes(child))]
 
 
 def test_log_events_and_their_page_agree() -> None:

@@ -105,7 +105,7 @@ def test_the_banner_s_curl_and_program_work_when_pasted(gateway: Gateway) -> Non
     """What is printed at start is run as it stands."""
     wait_for(lambda: "Python (pip install openai)" in gateway.log_text(), what="the banner is printed")
     banner = gateway.log_text()
-    assert "default/hello  Says hello" in banner
+    assert "default/hello  Greets" in banner
     assert "Key: dev-secret" in banner
 
     found = re.search(r"^  (curl .*?\}')$", banner, re.DOTALL | re.MULTILINE)

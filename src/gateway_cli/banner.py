@@ -10,7 +10,8 @@ from pathlib import Path
 from gateway import __version__
 from gateway.config import Settings
 
-QUESTION = "What is the weather in Paris?"
+QUESTION = "What is the weather in Paris, and how do people greet there?"
+"""Fits the shipped sample as well as what `gateway new` writes, so that the demo model calls the tool of either."""
 
 
 def render_banner(settings: Settings, url: str, key: str | None, models: Sequence[tuple[str, str]]) -> str:

@@ -9,7 +9,6 @@ import importlib.util
 import logging
 import signal
 import socket
-import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import replace
 from types import FrameType
@@ -46,13 +45,18 @@ def run(arguments: argparse.Namespace) -> int:
         agent_auto_reload=not arguments.no_watch,
     )
     listener = _listen(settings)
+    settings = replace(settings, port=listener.getsockname()[1])
     signal.signal(signal.SIGTERM, _leave)
     try:
         return _serve(settings, listener)
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, _Stopped):
         return 0
     finally:
         listener.close()
+
+
+class _Stopped(BaseException):
+    """SIGTERM came; raised out of the event loop once uvicorn has shut down."""
 
 
 class _Startup:
@@ -97,11 +101,15 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
         timeout_graceful_shutdown=_GRACE_S,
     )
     server = uvicorn.Server(config)
-    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(_run_server(server, settings, listener))
+    try:
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            runner.run(_run_server(server, settings, listener))
+    except SystemExit:  # uvicorn's word for a start-up that failed
+        if app.refusal is None:
+            raise
     if app.refusal is not None:
         raise CliError(app.refusal.rstrip())
-    return 0 if server.started else 1
+    return 0
 
 
 async def _run_server(server: uvicorn.Server, settings: Settings, listener: socket.socket) -> None:
@@ -158,4 +166,4 @@ def _address(host: str) -> str:
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:
-    sys.exit(0)
+    raise _Stopped

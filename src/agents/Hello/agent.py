@@ -6,15 +6,15 @@ GREETINGS = {"berlin": "Guten Tag", "madrid": "Hola", "paris": "Bonjour", "tokyo
 
 
 @function_tool
-def say_hello(city: str) -> str:
-    """Say hello the way people in a city do."""
+def find_greeting(city: str) -> str:
+    """Find the greeting that people in a city use."""
     return f"{GREETINGS.get(city.lower(), 'Hello')} from {city}!"
 
 
 agent = Agent(
     name="Hello",
-    instructions="You greet people. Use say_hello to find the greeting of the city they name.",
-    tools=[say_hello],
+    instructions="You greet people. Use find_greeting for the city they name.",
+    tools=[find_greeting],
 )
 
-__gateway__ = {"description": "Says hello the way people in a city do."}
+__gateway__ = {"description": "Greets the way people in a city do."}
