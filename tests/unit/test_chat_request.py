@@ -118,7 +118,10 @@ def test_history_with_tool_calls_and_null_content_is_accepted() -> None:
 
 
 def test_a_relay_keeps_every_other_field_as_the_bytes_it_came_in() -> None:
-    body = b'{"model":"up/m", "messages":[{"role":"weird","x":1.50}], "stream":true,"stream_options":{"include_usage":true}}'
+    body = (
+        b'{"model":"up/m", "messages":[{"role":"weird","x":1.50}],'
+        b' "stream":true,"stream_options":{"include_usage":true}}'
+    )
     fields = decode_body(body)
     relay = decode_relay("up/m", fields)
     assert bytes(relay.fields["messages"]) == b'[{"role":"weird","x":1.50}]'

@@ -61,8 +61,8 @@ class RunEngine:
             if not deadline.expired():
                 raise
             error = RunTimedOut(
-                f"The run passed its limit of {run.deadline_s:g} s. Ask for a shorter answer, or raise the agent's 'timeout_s' or "
-                "GATEWAY_RUN_TIMEOUT_S."
+                f"The run passed its limit of {run.deadline_s:g} s. Ask for a shorter answer, or raise the agent's "
+                "'timeout_s' or GATEWAY_RUN_TIMEOUT_S."
             )
             raise error from cause
         except GatewayError as failure:
