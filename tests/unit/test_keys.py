@@ -216,11 +216,12 @@ def test_keyless_is_no_licence_for_wrong_keys(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shipped", [True, False])
 def test_the_dev_key_is_an_admin_on_this_machine_in_development(tmp_path: Path, shipped: bool) -> None:
     ring = keyring(tmp_path, SHIPPED.read_text(encoding="utf-8") if shipped else "")
-    principal = ring.authenticate(Caller(x_api_key=DEV_KEY, peer="127.0.0.1", host="any.name"))
+    principal = ring.authenticate(Caller(x_api_key=DEV_KEY, peer="127.0.0.1", host="localhost:8000"))
     assert (principal.id, principal.is_admin) == ("dev", True)
     for caller in (
-        Caller(x_api_key=DEV_KEY, peer="192.168.1.5"),
-        Caller(x_api_key=DEV_KEY, peer="127.0.0.1", forwarded=True),
+        Caller(x_api_key=DEV_KEY, peer="192.168.1.5", host="localhost"),
+        Caller(x_api_key=DEV_KEY, peer="127.0.0.1", host="localhost", forwarded=True),
+        Caller(x_api_key=DEV_KEY, peer="127.0.0.1", host="rebound.example"),
     ):
         assert refusal(ring, caller).startswith("The development key is honoured only from the machine")
 

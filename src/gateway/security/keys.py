@@ -118,11 +118,11 @@ class Keyring:
         if credential.expires_at is not None and time.time() >= credential.expires_at:
             log_event(_log, "api_key.expired", level=logging.WARNING, key_id=key_id, client_ip=caller.peer)
             raise Unauthenticated(f"The API key '{key_id}' has expired. Ask the gateway's operator for a new one.")
-        if credential.local_only and not _is_local_peer(caller):
+        if credential.local_only and not _is_local(caller):  # everybody knows it, a page on a rebound name too
             log_event(_log, "api_key.rejected", level=logging.WARNING, key_id=key_id, client_ip=caller.peer)
             raise Unauthenticated(
-                f"The development key is honoured only from the machine the gateway runs on, and not through a proxy. "
-                f"Use a key of your own: {_HOW}"
+                "The development key is honoured only from the machine the gateway runs on, addressed as localhost and "
+                f"not through a proxy. Use a key of your own: {_HOW}"
             )
         return credential.principal
 
@@ -289,13 +289,11 @@ def _masked(key: str) -> str:
     return f"{shown}***"
 
 
-def _is_local_peer(caller: Caller) -> bool:
-    return not caller.forwarded and caller.peer is not None and _is_loopback(caller.peer)
-
-
 def _is_local(caller: Caller) -> bool:
-    """Whether a caller without a key is a program of this machine: not a proxy, a rebound name, or a foreign page."""
-    if not _is_local_peer(caller) or caller.host is None or not _is_local_host(caller.host):
+    """Whether a caller is a program of this machine: not a proxy, a rebound name, or a foreign page."""
+    if caller.forwarded or caller.peer is None or not _is_loopback(caller.peer):
+        return False
+    if caller.host is None or not _is_local_host(caller.host):
         return False
     if caller.fetch_site is not None and caller.fetch_site not in ("same-origin", "none"):
         return False
