@@ -71,7 +71,7 @@ BODIES: dict[str, bytes] = {
 @pytest.mark.parametrize("case", BODIES)
 def test_bad_body_is_a_400_that_says_what_is_wrong(gateway: Gateway, case: str, streamed: bool) -> None:
     body = BODIES[case]
-    if streamed:
+    if streamed and case != "stream_options without stream":
         body = body.replace(b'{"m', b'{"stream": true, "m', 1)
     answer = gateway.request("POST", "/v1/chat/completions", body=body, key=CHAT)
     assert answer.status == 400, answer.body[:500]

@@ -150,8 +150,8 @@ def test_usage_is_the_sum_over_all_inner_model_calls(client: OpenAI) -> None:
 def test_factories_async_and_with_sibling_file(client: OpenAI, upstream: ObedientUpstream) -> None:
     ask(client, "default/asyncfactory", "say async factory")
     assert upstream.find("async factory")[0].system == "You were built."
-    ask(client, "default/syncfactory", "say sync factory")
-    assert upstream.find("sync factory")[0].system == "You greet."
+    ask(client, "default/syncfactory", "say plain factory")
+    assert upstream.find("plain factory")[0].system == "You greet."
 
 
 def test_two_agents_of_one_file_are_two_models(client: OpenAI, gateway: Gateway, upstream: ObedientUpstream) -> None:

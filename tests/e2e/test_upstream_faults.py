@@ -19,15 +19,15 @@ AGENT, RAW = "default/weatheragent", "local/test-model"
 FAULTS: dict[str, tuple[int, str | None]] = {
     "[status=400 param=temperature code=bad_thing] say Your temperature is wrong": (400, "bad_thing"),
     "[status=400 param=messages code=context_length_exceeded] say Too long": (400, "context_length_exceeded"),
-    "[status=401] say canary": (502, "upstream_auth_error"),
-    "[status=403] say canary": (502, "upstream_auth_error"),
-    "[status=404] say canary": (502, "upstream_model_not_found"),
-    "[status=413] say canary": (413, None),
-    "[status=429 retry=7] say canary": (429, "rate_limit_exceeded"),
-    "[status=500] say canary": (502, "upstream_error"),
-    "[status=502] say canary": (502, "upstream_error"),
-    "[status=503] say canary": (503, "upstream_unavailable"),
-    "[status=504] say canary": (502, "upstream_error"),
+    "[status=401] say No thanks": (502, "upstream_auth_error"),
+    "[status=403] say No thanks": (502, "upstream_auth_error"),
+    "[status=404] say No thanks": (502, "upstream_model_not_found"),
+    "[status=413] say No thanks": (413, None),
+    "[status=429 retry=7] say No thanks": (429, "rate_limit_exceeded"),
+    "[status=500] say No thanks": (502, "upstream_error"),
+    "[status=502] say No thanks": (502, "upstream_error"),
+    "[status=503] say No thanks": (503, "upstream_unavailable"),
+    "[status=504] say No thanks": (502, "upstream_error"),
     "[fault=resetnow] say x": (502, "upstream_unreachable"),
     "[fault=closenow] say x": (502, "upstream_unreachable"),
     "[fault=html] say x": (502, "upstream_malformed"),
@@ -135,8 +135,16 @@ def test_only_a_sane_retry_after_is_passed_on(gateway: Gateway, retry: str) -> N
         assert retry in ("garbage", "-5", "86400")
 
 
+@pytest.mark.parametrize("status", [400, 429, 500, 503])
+def test_our_key_is_masked_where_an_upstream_says_it_back(gateway: Gateway, status: int) -> None:
+    for model in (AGENT, RAW):
+        answer = ask(gateway, model, f"[status={status}] say I do not like {UPSTREAM_KEY} today")
+        assert answer.status == status if status != 500 else answer.status == 502
+        assert UPSTREAM_KEY not in answer.body.decode()
+
+
 def test_a_fault_in_the_second_turn_of_an_agent_is_an_error_too(gateway: Gateway) -> None:
-    script = 'call get_weather {"city":"Faro"} ;; [status=500] say canary'
+    script = 'call get_weather {"city":"Faro"} ;; [status=500] say No thanks'
     for streamed in (False, True):
         answer = ask(gateway, AGENT, script, streamed=streamed)
         assert answer.status == 502, answer.body

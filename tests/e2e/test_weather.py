@@ -20,7 +20,7 @@ ASK = 'call get_weather {"city":"Oslo"} ;; echo'
 def test_weather_agent_dropped_into_a_running_gateway_is_served_within_seconds(
     start: Callable[..., Gateway], openai_client: Callable[..., OpenAI], upstream: ObedientUpstream
 ) -> None:
-    gateway = start()
+    gateway = start(prepare=lambda home: drop("Handoff", home / "agents"))
     assert "default/weatheragent" not in gateway.model_ids()
 
     dropped = time.monotonic()
@@ -33,6 +33,13 @@ def test_weather_agent_dropped_into_a_running_gateway_is_served_within_seconds(
     answer = client.chat.completions.create(model="default/weatheragent", messages=[{"role": "user", "content": text}])
     assert answer.choices[0].message.content == "The weather in Oslo is sunny"
     assert upstream.find("first drop")[-1].tool_results == ["The weather in Oslo is sunny"]
+
+
+def test_the_first_agent_of_an_empty_folder_is_served_too(start: Callable[..., Gateway]) -> None:
+    gateway = start()
+    assert "default/weatheragent" not in gateway.model_ids()
+    drop("WeatherAgent", gateway.agents)
+    wait_for(lambda: "default/weatheragent" in gateway.model_ids(), timeout_s=20)
 
 
 def test_weather_agent_is_the_readmes_own() -> None:

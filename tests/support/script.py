@@ -8,7 +8,7 @@ conversations at once and keeps no state. A turn is::
     [options] call NAME {json}          a tool call; several are joined by ``&&``
     [options] echo                      the text of the tool results since the user's message
 
-A line ``word> …`` is played only for a request whose system prompt contains ``word`` (``judge> say {…}``).
+A line ``word> …`` is played only for a request whose system prompt contains the word (``judge> say {…}``).
 Options: ``delay=S`` between chunks, ``wait=S`` before the answer, ``finish=REASON``, ``usage=none``, ``hold=N`` (stop
 after N chunks until released), ``status=CODE``, ``code=…``, ``retry=…``, ``fault=NAME`` and ``at=N`` (the chunk at
 which the fault strikes).
@@ -66,7 +66,7 @@ def _script_for(text: str, system: str) -> str:
     script = None
     for line in text.splitlines() or [""]:
         found = re.match(r"(\w+)> (.*)", line)
-        if found and found.group(1) in system:
+        if found and re.search(rf"\b{found.group(1)}\b", system):
             return found.group(2)
         if not found and script is None and re.match(r"(\[|say |call |echo)", line):
             script = line
