@@ -30,7 +30,7 @@ from sdk_adapter.context import GatewayContext
 from sdk_adapter.failures import EarlyEnd, as_gateway_error, early_end, root_cause
 from sdk_adapter.guarding import Gate, InputVerdict
 from sdk_adapter.instrument import Survey, observe_tools, survey
-from sdk_adapter.mcp_servers import McpServers
+from sdk_adapter.mcp_servers import McpServers, shown_name
 from sdk_adapter.messages import Item, items_of
 from sdk_adapter.models import GatewayProvider
 from sdk_adapter.request_settings import RequestSettings
@@ -53,7 +53,8 @@ class PreparedAgent:
 
     ``models`` holds every reachable agent's name with the model name its author wrote (None: the default).
     ``hosted_tools`` need an upstream that serves them; ``host_tools`` would act on the gateway's machine.
-    ``duplicate_tools`` are pairs of agent and tool name. ``tools`` are those of the entry agent.
+    ``duplicate_tools`` are pairs of agent and tool name, ``problems`` of agent and a mistake that fails every run.
+    ``tools`` are those of the entry agent.
     """
 
     executor: AgentExecutor
@@ -65,6 +66,7 @@ class PreparedAgent:
     duplicate_tools: tuple[tuple[str, str], ...]
     output_guardrails: bool
     mcp_servers: tuple[str, ...]
+    problems: tuple[tuple[str, str], ...]
 
 
 def prepare_agent(agent: Any, *, agent_id: str, options: AgentOptions, services: AdapterServices) -> PreparedAgent:
@@ -86,7 +88,8 @@ def prepare_agent(agent: Any, *, agent_id: str, options: AgentOptions, services:
         brings_own_model=seen.brings_own_model,
         duplicate_tools=seen.duplicate_tools,
         output_guardrails=seen.output_guardrails,
-        mcp_servers=tuple(server.name for server in seen.mcp_servers),
+        mcp_servers=tuple(shown_name(server) for server in seen.mcp_servers),
+        problems=seen.problems,
     )
 
 
@@ -139,6 +142,10 @@ class AgentExecutor:
             async with aclosing(answer.events()) as events:
                 async for event in events:
                     yield event
+
+    def mcp_failures(self) -> dict[str, str]:
+        """Return why MCP servers of the agent are not connected, by name."""
+        return self._mcp.failures()
 
     @contextmanager
     def _lease(self) -> Iterator[None]:

@@ -99,7 +99,7 @@ def as_gateway_error(error: Exception, agent_id: str) -> GatewayError:
                 "The model answered with something the agent cannot use: a tool it does not have, arguments or a final "
                 "answer that do not fit their schema. Try again, or use another model."
             )
-        case UserError() if error.__cause__ is None:
+        case UserError() if error.__cause__ is None or isinstance(error.__cause__, UserError):
             return AgentMisconfigured(
                 f"The agent '{agent_id}' is set up in a way that cannot run. Its author finds the reason in the "
                 "gateway's log under this request's id."

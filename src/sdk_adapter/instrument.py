@@ -16,6 +16,8 @@ from typing import Any
 
 from agents import (
     Agent,
+    AgentOutputSchema,
+    AgentOutputSchemaBase,
     ApplyPatchTool,
     CodeInterpreterTool,
     ComputerTool,
@@ -29,6 +31,7 @@ from agents import (
     MultiProvider,
     OpenAIProvider,
     ShellTool,
+    UserError,
     WebSearchTool,
 )
 from agents.mcp import MCPServer
@@ -59,7 +62,8 @@ class Survey:
     """What an agent and everything it reaches is made of.
 
     ``hosted_tools`` need an upstream that runs them (`agent.prompt` counts as ``prompt``); ``host_tools`` would act
-    on the gateway's own machine. Pairs start with the agent's name, which need not be unique.
+    on the gateway's own machine. ``problems`` are mistakes that would fail every run. Pairs start with the agent's
+    name, which need not be unique.
     """
 
     agents: tuple[Agent[Any], ...]
@@ -70,6 +74,7 @@ class Survey:
     duplicate_tools: tuple[tuple[str, str], ...]
     mcp_servers: tuple[MCPServer, ...]
     output_guardrails: bool
+    problems: tuple[tuple[str, str], ...]
 
 
 def reachable_agents(entry: Agent[Any]) -> tuple[Agent[Any], ...]:
@@ -98,6 +103,7 @@ def survey(entry: Agent[Any]) -> Survey:
         duplicate_tools=tuple((a.name, name) for a in agents for name in _duplicates(own_tool_names(a))),
         mcp_servers=tuple(servers.values()),
         output_guardrails=any(a.output_guardrails for a in agents),
+        problems=tuple((a.name, problem) for a in agents for problem in _problems(a)),
     )
 
 
@@ -203,6 +209,15 @@ def _host_kind(tool: Tool) -> str | None:
 
 def _is_local_shell(tool: ShellTool) -> bool:
     return (tool.environment or {"type": "local"}).get("type") == "local"
+
+
+def _problems(agent: Agent[Any]) -> Iterator[str]:
+    if agent.output_type is None or isinstance(agent.output_type, AgentOutputSchemaBase):
+        return
+    try:
+        AgentOutputSchema(agent.output_type)
+    except UserError:
+        yield "its output_type has no strict JSON schema; use AgentOutputSchema(..., strict_json_schema=False)"
 
 
 def _duplicates(names: list[str]) -> list[str]:

@@ -61,6 +61,7 @@ class FakeUpstream:
         self.paths: list[str] = []
         self.raw: list[bytes | list[bytes]] = []
         self.started = asyncio.Event()
+        self.answering = asyncio.Event()
         self.closed = asyncio.Event()
         self._calls = 0
 
@@ -107,13 +108,12 @@ class FakeUpstream:
         if reply.error is not None and reply.error_after is None:
             raise reply.error
         try:
-            sent = 0
-            for delta in self._deltas(reply):
+            for sent, delta in enumerate(self._deltas(reply)):
                 if reply.error is not None and sent == reply.error_after:
                     raise reply.error
                 yield _chunk(delta, None)
-                sent += 1
-                if reply.hold is not None and sent == 2:
+                if reply.hold is not None and sent == 1:
+                    self.answering.set()
                     await reply.hold.wait()
             yield _chunk({}, reply.reason)
             if reply.usage is not None and self.bodies[-1].get("stream_options", {}).get("include_usage"):

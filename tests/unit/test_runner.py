@@ -1,0 +1,161 @@
+"""Runs that author code starts itself, and what `install` changes and puts back."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+from agents import (
+    Agent,
+    GuardrailFunctionOutput,
+    ModelProvider,
+    ModelSettings,
+    MultiProvider,
+    RunConfig,
+    RunContextWrapper,
+    Runner,
+    function_tool,
+    input_guardrail,
+)
+from agents.models.default_models import get_default_model_settings
+from agents.run import get_default_agent_runner
+from agents.testing import ModelStep, ScriptedModel, assistant_message
+from agents.tracing import setup
+
+from gateway.errors import AgentFailed, ContentPolicyViolation
+from gateway.events import Usage
+from sdk_adapter.models import GatewayModel
+from sdk_adapter.runner import PLACEHOLDER_MODEL, GatewayRunner
+from tests.unit.sdk_fakes import Reply, World, run_async
+
+judge = Agent(name="judge", instructions="You are the judge.")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_guardrail_that_asks_a_model_asks_the_gateways(streamed: bool) -> None:
+    @input_guardrail(run_in_parallel=False)
+    async def ask_judge(context: Any, agent: Any, input: Any) -> GuardrailFunctionOutput:
+        result = await Runner.run(judge, "Is it fine?", context=context.context)
+        return GuardrailFunctionOutput(output_info=None, tripwire_triggered="no" in result.final_output)
+
+    world = World("no")
+    agent = Agent(name="a", input_guardrails=[ask_judge])
+    with world.installed(), pytest.raises(ContentPolicyViolation):
+        run_async(world.ask(agent, streamed=streamed, temperature=0.1))
+    assert world.upstream.bodies[0]["messages"][0]["content"] == "You are the judge."
+    assert "temperature" not in world.upstream.bodies[0]
+    world = World("fine", "answer")
+    with world.installed():
+        answer = run_async(world.ask(agent, streamed=streamed))
+    assert (answer.text, answer.end.usage) == ("answer", Usage(20, 10, requests=2))
+
+
+@pytest.mark.parametrize("how", ["plain", "streamed", "config", "dict", "default provider"])
+def test_a_tool_that_starts_a_run_is_routed_however_it_does_it(how: str) -> None:
+    @function_tool
+    async def consult(context: RunContextWrapper[Any]) -> str:
+        configs: dict[str, Any] = {
+            "config": RunConfig(model_settings=ModelSettings(temperature=0.7)),
+            "dict": {"workflow_name": "x"},
+            "default provider": RunConfig(model_provider=MultiProvider()),
+        }
+        if how == "streamed":
+            result = Runner.run_streamed(judge, "q")
+            async for _ in result.stream_events():
+                pass
+            return str(result.final_output)
+        return str((await Runner.run(judge, "q", run_config=configs.get(how))).final_output)
+
+    world = World(Reply(calls=(("consult", {}),)), "the verdict", "done")
+    with world.installed():
+        answer = run_async(world.ask(Agent(name="a", tools=[consult])))
+    assert answer.text == "done"
+    assert world.upstream.bodies[2]["messages"][-1]["content"] == "the verdict"
+    assert world.upstream.bodies[1].get("temperature") == (0.7 if how == "config" else None)
+    assert answer.end.usage == Usage(30, 15, requests=3)
+
+
+def test_a_provider_that_the_author_brought_is_left_alone() -> None:
+    class Own(ModelProvider):
+        def get_model(self, model_name: str | None) -> Any:
+            return ScriptedModel([ModelStep(output=[assistant_message("own")])])
+
+    @function_tool
+    async def consult() -> str:
+        return str((await Runner.run(judge, "q", run_config=RunConfig(model_provider=Own()))).final_output)
+
+    world = World(Reply(calls=(("consult", {}),)), "done")
+    with world.installed():
+        run_async(world.ask(Agent(name="a", tools=[consult])))
+    assert world.upstream.bodies[1]["messages"][-1]["content"] == "own"
+
+
+def test_a_run_outside_of_any_request_uses_the_current_upstreams() -> None:
+    world = World("hi")
+    with world.installed():
+        result = run_async(Runner.run(judge, "q"))
+    assert result.final_output == "hi"
+    assert result.last_agent is not judge
+    assert world.table.asked == [(None, None, None)]
+
+
+def test_runs_inside_runs_end_at_a_depth() -> None:
+    async def again() -> str:
+        await Runner.run(deep, "q")
+        return ""
+
+    deep = Agent(name="deep")
+    deep.tools.append(function_tool(again, failure_error_function=None))
+    world = World(*[Reply(calls=(("again", {}),)) for _ in range(20)])
+    with world.installed(), pytest.raises(AgentFailed, match="levels deep"):
+        run_async(world.ask(deep))
+    assert len(world.upstream.bodies) == 9
+
+
+def test_inner_agents_are_cloned_and_share_the_context() -> None:
+    seen: list[Any] = []
+
+    @function_tool
+    def note(context: RunContextWrapper[Any]) -> str:
+        context.context.state.setdefault("notes", []).append("inner")
+        return "noted"
+
+    def instructions(context: RunContextWrapper[Any], agent: Agent[Any]) -> str:
+        seen.append((agent, context.context))
+        return "x"
+
+    inner = Agent(name="inner", tools=[note], instructions=instructions)
+    outer = Agent(name="outer", tools=[inner.as_tool("ask", "Ask.")], instructions=instructions)
+    world = World(Reply(calls=(("ask", {"input": "x"}),)), Reply(calls=(("note", {}),)), "a", "b")
+    with world.installed():
+        run_async(world.ask(outer))
+    assert all(agent is not inner and agent is not outer for agent, _ in seen)
+    assert len({id(context) for _, context in seen}) == 1
+    assert seen[0][1].state == {"notes": ["inner"]}
+
+
+def test_an_own_model_of_an_inner_agent_is_counted() -> None:
+    inner = Agent(name="inner", model=ScriptedModel([ModelStep(output=[assistant_message("x")])]))
+    world = World(Reply(calls=(("ask", {"input": "x"}),)), "done")
+    with world.installed():
+        answer = run_async(world.ask(Agent(name="a", tools=[inner.as_tool("ask", "Ask.")])))
+    assert answer.end.usage is not None
+    assert answer.end.usage.requests == 3
+    assert not isinstance(inner.model, GatewayModel)
+
+
+def test_install_changes_the_process_and_puts_everything_back() -> None:
+    os.environ["OPENAI_DEFAULT_MODEL"] = "gpt-5.1"
+    runner, provider = get_default_agent_runner(), setup.GLOBAL_TRACE_PROVIDER
+    world = World()
+    with world.installed():
+        assert isinstance(get_default_agent_runner(), GatewayRunner)
+        assert os.environ["OPENAI_DEFAULT_MODEL"] == PLACEHOLDER_MODEL
+        assert os.environ["OPENAI_AGENTS_DONT_LOG_MODEL_DATA"] == "1"
+        assert get_default_model_settings() == ModelSettings()
+        assert setup.GLOBAL_TRACE_PROVIDER is not provider
+    assert get_default_agent_runner() is runner
+    assert os.environ["OPENAI_DEFAULT_MODEL"] == "gpt-5.1"
+    assert "OPENAI_AGENTS_DONT_LOG_MODEL_DATA" not in os.environ
+    assert setup.GLOBAL_TRACE_PROVIDER is provider
