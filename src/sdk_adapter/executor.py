@@ -14,7 +14,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-from agents import Agent, RunConfig, Runner, RunResult, RunResultStreaming
+from agents import Agent, Model, RunConfig, Runner, RunResult, RunResultStreaming
 from agents.items import ToolApprovalItem
 from agents.stream_events import StreamEvent
 
@@ -25,7 +25,7 @@ from gateway.observability.logs import log_event
 from gateway.registry.entry import AgentOptions
 from gateway.run import Run
 from sdk_adapter.client_tools import ClientTool, TurnMemory, client_tools_of, fitting_tools
-from sdk_adapter.cloning import RunClones
+from sdk_adapter.cloning import RunClones, with_model
 from sdk_adapter.context import GatewayContext
 from sdk_adapter.failures import EarlyEnd, as_gateway_error, early_end, root_cause
 from sdk_adapter.guarding import Gate, InputVerdict
@@ -76,7 +76,7 @@ def prepare_agent(agent: Any, *, agent_id: str, options: AgentOptions, services:
     """
     if not isinstance(agent, Agent):
         raise TypeError(f"expected an agents.Agent, got {type(agent).__name__}")
-    entry = agent.clone(model=options.model) if options.model and not _has_own_model(agent) else agent
+    entry = with_model(agent, options.model) if options.model and not isinstance(agent.model, Model) else agent
     seen = survey(entry)
     executor = AgentExecutor(agent, entry, agent_id=agent_id, options=options, services=services, seen=seen)
     return PreparedAgent(
@@ -169,7 +169,7 @@ class AgentExecutor:
             model_call_limit=self._max_turns * MODEL_CALLS_PER_TURN,
             observe=self._observe,
             upstream=self._options.upstream,
-            default_model=self._options.model or self._services.settings.default_model,
+            default_model=self._options.model,
             max_tool_hops=self._options.max_tool_hops,
         )
         level = Level(scope, client_tools=frozenset(tool.name for tool in tools))
@@ -385,10 +385,6 @@ async def _stopped(result: RunResultStreaming) -> None:
     if not result.is_complete:
         result.cancel()
     await asyncio.wait((task,), timeout=_CLOSE_S)
-
-
-def _has_own_model(agent: Agent[Any]) -> bool:
-    return agent.model is not None and not isinstance(agent.model, str)
 
 
 def _since(started: float) -> float:

@@ -80,6 +80,14 @@ def test_streamed_text_comes_word_by_word_and_equals_the_plain_answer() -> None:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
+def test_a_model_that_says_nothing_gives_an_empty_answer(streamed: bool) -> None:
+    world = World("")
+    with world.installed():
+        answer = run_async(world.ask(Agent(name="a"), streamed=streamed))
+    assert answer.events == [RunFinished("stop", Usage(10, 5, requests=1))]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
 def test_reasoning_is_shown_as_reasoning(streamed: bool) -> None:
     world = World(Reply("42", reasoning="hmm"))
     with world.installed():

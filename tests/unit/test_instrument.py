@@ -23,6 +23,7 @@ from agents import (
 )
 from agents.mcp import MCPServerStdio
 from agents.models.multi_provider import MultiProviderMap
+from agents.sandbox import SandboxAgent
 from agents.testing import ModelStep, ScriptedModel, assistant_message
 from openai import AsyncOpenAI
 
@@ -189,6 +190,28 @@ def test_a_run_gets_one_clone_per_agent_and_the_original_stays() -> None:
     assert asyncio.run(first.handoffs[0].on_invoke_handoff(None, "")) is clone
     assert agent.handoffs[1] is target
     assert RunClones(None).clone_of(agent) is not clone
+
+
+def test_a_subclass_with_a_constructor_of_its_own_is_cloned_too() -> None:
+    class Guide(Agent[Any]):
+        def __init__(self, city: str) -> None:
+            super().__init__(name=f"Guide to {city}", instructions="Guide.")
+            self.city = city
+
+    world = World("a", "b")
+    with world.installed():
+        agent = Guide("Rome")
+        assert run_async(world.ask(agent)).text == "a"
+        assert run_async(world.ask(agent, options={"model": "m"})).text == "b"
+    clone = RunClones(None).clone_of(agent)
+    assert isinstance(clone, Guide)
+    assert (clone.city, clone.tools is agent.tools) == ("Rome", False)
+    assert [body["model"] for body in world.upstream.bodies] == ["default-model", "m"]
+
+
+def test_a_sandbox_agent_stays_one() -> None:
+    agent = SandboxAgent(name="s", instructions="x")
+    assert type(RunClones(None).clone_of(agent)) is SandboxAgent
 
 
 def test_only_plain_instructions_move_to_a_thread() -> None:
