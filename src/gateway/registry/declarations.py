@@ -1,0 +1,155 @@
+"""`agents.yaml` as typed values: agents written in YAML, and agents whose code is imported by module name.
+
+```yaml
+version: 1
+defaults: {namespace: default, upstream: local, model: qwen3-8b}
+agents:
+  - name: greeter
+    instructions: You greet people.
+    metadata: {max_completion_tokens: 200}
+  - name: research
+    kind: sdk
+    module: "acme.agents.research:agent"
+```
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from msgspec import Meta, Struct
+
+from gateway.config import Settings, load_yaml
+from gateway.errors import ConfigError
+from gateway.registry.discovery import module_folder
+from gateway.registry.entry import AgentOptions
+from gateway.registry.loading import Declaration, DropIn
+from gateway.registry.registry import slugify
+
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}$")]
+
+
+class DeclaredDefaults(Struct, frozen=True, kw_only=True):
+    """What agents get that do not say, drop-in agents included; ``GATEWAY_DEFAULT_*`` stand behind it."""
+
+    namespace: Name | None = None
+    upstream: str | None = None
+    model: str | None = None
+
+
+class DeclaredMetadata(Struct, frozen=True, kw_only=True):
+    """Limits of one agent. ``max_tool_hops: 0`` runs no tool; ``max_completion_tokens`` also caps the request's."""
+
+    max_tool_hops: Annotated[int, Meta(ge=0)] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    tool_choice: str | None = None
+    owned_by: str | None = None
+
+
+class DeclaredAgent(Struct, frozen=True, kw_only=True):
+    """One agent. ``kind: declarative`` needs ``instructions``; ``kind: sdk`` needs ``module`` (``pkg.mod:attribute``)."""
+
+    name: Name
+    namespace: Name | None = None
+    display_name: str | None = None
+    description: str | None = None
+    kind: Literal["declarative", "sdk"] = "declarative"
+    upstream: str | None = None
+    model: str | None = None
+    instructions: str | None = None
+    module: Annotated[str, Meta(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] | None = None
+    tools: tuple[str, ...] = ()
+    metadata: DeclaredMetadata = DeclaredMetadata()
+
+
+class AgentsConfig(Struct, frozen=True, kw_only=True):
+    """The file."""
+
+    version: Literal[1] = 1
+    defaults: DeclaredDefaults = DeclaredDefaults()
+    agents: tuple[DeclaredAgent, ...] = ()
+
+
+def load_declarations(settings: Settings) -> tuple[tuple[Declaration, ...], DeclaredDefaults]:
+    """Return the agents of `agents.yaml` with defaults applied, and the defaults; raise `ConfigError`."""
+    path = settings.config_file("agents.yaml")
+    config = load_yaml(path, AgentsConfig) if path is not None else AgentsConfig()
+    defaults = DeclaredDefaults(
+        namespace=slugify(config.defaults.namespace or settings.default_namespace),
+        upstream=config.defaults.upstream,
+        model=config.defaults.model,
+    )
+    if path is None:
+        return (), defaults
+    lines = _lines(path)
+    created = int(path.stat().st_mtime)
+    declarations: dict[str, Declaration] = {}
+    for index, agent in enumerate(config.agents):
+        line = lines[index] if index < len(lines) else 1
+        found = _declare(agent, defaults, path, line, created)
+        twin = declarations.setdefault(found.id, found)
+        if twin is not found:
+            raise ConfigError(
+                f"{path.name}:{line}: the name '{found.id}' is taken by the agent at line {twin.line}; rename one."
+            )
+    return tuple(declarations.values()), defaults
+
+
+def _declare(agent: DeclaredAgent, defaults: DeclaredDefaults, path: Path, line: int, created: int) -> Declaration:
+    where = f"{path.name}:{line}: agent '{agent.name}'"
+    if agent.kind == "declarative" and not agent.instructions:
+        raise ConfigError(f"{where}: instructions are missing; a declarative agent is made of them.")
+    if agent.kind == "declarative" and agent.module is not None:
+        raise ConfigError(f"{where}: module belongs to kind: sdk; remove it, or write kind: sdk.")
+    if agent.kind == "sdk" and agent.module is None:
+        raise ConfigError(f'{where}: module is missing; write module: "package.module:attribute".')
+    if agent.tools:
+        raise ConfigError(
+            f"{where}: tools names gateway tools ({', '.join(agent.tools)}), and this gateway has no tool manager to "
+            "resolve them; remove it, or write the agent in Python with tools of its own."
+        )
+    slug = slugify(agent.name)
+    namespace = slugify(agent.namespace) if agent.namespace else str(defaults.namespace)
+    return Declaration(
+        namespace=namespace,
+        slug=slug,
+        name=agent.name,
+        line=line,
+        label=path.name,
+        created=created,
+        options=AgentOptions(
+            namespace=namespace,
+            display_name=agent.display_name,
+            description=agent.description,
+            model=agent.model or defaults.model,
+            upstream=agent.upstream or defaults.upstream,
+            max_tool_hops=agent.metadata.max_tool_hops,
+            max_completion_tokens=agent.metadata.max_completion_tokens,
+        ),
+        instructions=agent.instructions,
+        tool_choice=agent.metadata.tool_choice,
+        owned_by=agent.metadata.owned_by,
+        dropin=_dropin(agent.module, namespace, slug, path, where) if agent.module is not None else None,
+    )
+
+
+def _dropin(target: str, namespace: str, slug: str, path: Path, where: str) -> DropIn:
+    module, _, attribute = target.partition(":")
+    found = module_folder(module)
+    if found is None:
+        raise ConfigError(
+            f"{where}: the module '{module}' is not found; it must be importable where the gateway runs (PYTHONPATH)."
+        )
+    file = found[0] if found[0].suffix == ".py" else found[0] / "__init__.py"
+    return DropIn(namespace, slug, file.parent, file.parent, file, f"{module} ({path.name})", module, attribute)
+
+
+def _lines(path: Path) -> list[int]:
+    """Return the line of each agent."""
+    tree = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    for key, value in getattr(tree, "value", ()):
+        if key.value == "agents" and isinstance(value, yaml.SequenceNode):
+            return [item.start_mark.line + 1 for item in value.value]
+    return []

@@ -1,0 +1,156 @@
+"""Reloader: watches drop-in folders, helper files and YAML, and has reloaded what changed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from watchfiles import Change, awatch
+
+from gateway.config import Settings
+from gateway.errors import GatewayError
+from gateway.observability.logs import log_event
+from gateway.registry.catalogue import AgentCatalogue, RefreshReport
+
+_LOG = logging.getLogger(__name__)
+_STEP_MS = 20
+_DEBOUNCE_MS = 200
+_RETRY_S = 1.0
+_NOISE = (".pyc", ".pyo", ".swp", ".swx", ".tmp", "~")
+
+
+class Reloader:
+    """Turns changes on disk into refreshes.
+
+    ``on_change`` maps the name of a YAML file (``upstreams.yaml``, ``security.yaml``) to what reloads it; a callback
+    raises `ConfigError` to keep the old version. `agents.yaml` belongs to the catalogue.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        catalogue: AgentCatalogue,
+        roots: Sequence[Path],
+        *,
+        on_change: Mapping[str, Callable[[], Awaitable[object]]] | None = None,
+    ) -> None:
+        self._settings = settings
+        self._catalogue = catalogue
+        self._roots = tuple(roots)
+        self._on_change = dict(on_change or {})
+        self._tasks: set[asyncio.Task[object]] = set()
+
+    async def refresh_agents(self, *, force: bool = True) -> RefreshReport:
+        """Look at every drop-in and at `agents.yaml`; import what changed, and try again what failed."""
+        return await self._catalogue.refresh(force=force)
+
+    async def watch(self) -> None:
+        """Watch until cancelled, or until the platform cannot."""
+        log_event(_LOG, "agent.watch.started", roots=len(self._roots), files=[*self._on_change, "agents.yaml"])
+        try:
+            await self._watch()
+        except (OSError, RuntimeError) as error:
+            log_event(
+                _LOG,
+                "agent.watch.disabled",
+                level=logging.ERROR,
+                message="Files cannot be watched here; POST /agents/refresh still works. On Linux, raise "
+                "fs.inotify.max_user_watches, or set WATCHFILES_FORCE_POLLING=1.",
+                exc_info=error,
+            )
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            if self._tasks:
+                await asyncio.wait(self._tasks)
+            log_event(_LOG, "agent.watch.stopped")
+
+    async def _watch(self) -> None:
+        """Watch one set of folders at a time; when the set has changed, watch the new one and look at everything."""
+        looked = True
+        while True:
+            deep, flat = self._folders()
+            if not looked:
+                self._start(self._catalogue.refresh())
+            looked = False
+            stop = asyncio.Event()
+            async with asyncio.TaskGroup() as group:
+                if deep:
+                    group.create_task(self._follow(deep, stop, recursive=True))
+                if flat:
+                    group.create_task(self._follow(flat, stop, recursive=False))
+                group.create_task(self._notice_new_folders(deep, flat, stop))
+
+    async def _notice_new_folders(self, deep: Collection[Path], flat: Collection[Path], stop: asyncio.Event) -> None:
+        """Set ``stop`` when other folders have to be watched: a root appeared, a helper elsewhere was imported."""
+        while self._folders() == (deep, flat):
+            await asyncio.sleep(_RETRY_S)
+        stop.set()
+
+    async def _follow(self, folders: Collection[Path], stop: asyncio.Event, *, recursive: bool) -> None:
+        async for changes in awatch(
+            *folders,
+            watch_filter=_is_interesting,
+            debounce=_DEBOUNCE_MS,
+            step=_STEP_MS,
+            stop_event=stop,
+            recursive=recursive,
+            ignore_permission_denied=True,
+        ):
+            self._handle({Path(path) for _, path in changes})
+        stop.set()  # the platform ended the watch (a folder was moved away): begin anew
+
+    def _handle(self, paths: set[Path]) -> None:
+        """Start what the changes ask for; nothing is awaited, so that a load that hangs delays no later change."""
+        names = {path.name for path in paths}
+        for name, reload in self._on_change.items():
+            if name in names:
+                self._start(self._reload(name, reload))
+        own = self._catalogue.tracked_files()
+        agents = {p for p in paths if p in own or p.name == "agents.yaml" or any(map(p.is_relative_to, self._roots))}
+        if agents:
+            self._start(self._catalogue.refresh(paths=agents))
+
+    async def _reload(self, name: str, reload: Callable[[], Awaitable[object]]) -> None:
+        try:
+            await reload()
+        except GatewayError as error:
+            log_event(_LOG, "config.reload.failed", level=logging.ERROR, file=name, message=error.message)
+        else:
+            log_event(_LOG, "config.reload.done", file=name)
+
+    def _folders(self) -> tuple[frozenset[Path], frozenset[Path]]:
+        """Return the folders to watch with everything below them, and those to watch themselves."""
+        deep = frozenset(root for root in self._roots if root.is_dir())
+        flat = {path.parent for path in self._catalogue.tracked_files()}
+        for name in (*self._on_change, "agents.yaml"):
+            flat |= {folder.resolve() for folder in self._config_folders(name)}
+        outside = (f for f in flat if f.is_dir() and not any(f.is_relative_to(root) for root in deep))
+        return deep, frozenset(outside)
+
+    def _config_folders(self, name: str) -> set[Path]:
+        """Where a YAML file is, or would be found first."""
+        found = {self._settings.agents_root().resolve().parent / "config"}
+        with suppress(GatewayError):
+            path = self._settings.config_file(name)
+            if path is not None:
+                found.add(path.resolve().parent)
+        return found
+
+    def _start(self, work: Coroutine[Any, Any, object]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _is_interesting(change: Change, path: str) -> bool:
+    """Whether a change may matter: not caches, not an editor's or a tool's own files."""
+    parts = path.split(os.sep)
+    if parts[-1].endswith(_NOISE) or "__pycache__" in parts or "node_modules" in parts:
+        return False
+    return not (parts[-1].startswith(".") and not parts[-1].startswith(".."))

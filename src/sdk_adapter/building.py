@@ -1,0 +1,201 @@
+"""From a drop-in to its agents: import, find the exports, call the factories. The pre-flight and the server share it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from agents import Agent
+
+from gateway.registry.entry import AgentOptions, Diagnostic
+from gateway.registry.loading import DropIn, LoadFailed
+from gateway.registry.policy import ModulePolicy
+from sdk_adapter.diagnosis import diagnose, explain, label
+from sdk_adapter.exports import Export, call_factory, check_agent, find_exports, read_options
+from sdk_adapter.modules import DropInFinder, Generation, ModuleBlocked, SourceChanged
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """The agents of one generation, with the names they are published under (see `Export`)."""
+
+    generation: Generation
+    agents: tuple[tuple[Export, Agent[Any]], ...]
+    options: AgentOptions
+    warnings: tuple[Diagnostic, ...]
+
+
+async def build(
+    dropin: DropIn,
+    number: int,
+    finder: DropInFinder,
+    *,
+    names: tuple[str, ...],
+    policy: ModulePolicy,
+    timeout_s: float,
+    expected: Mapping[Path, str] | None = None,
+) -> Built:
+    """Import the drop-in in a thread of its own and make its agents; async factories run on this loop.
+
+    Without ``expected`` (what a pre-flight read) every file is judged by ``policy`` before anything runs. Raises
+    `LoadFailed` with what was read, or `SourceChanged`. A thread that outlives ``timeout_s`` cannot be stopped; it is
+    left behind.
+    """
+    generation = Generation(dropin, number, finder, policy, expected)
+    try:
+        return await _build(generation, names, timeout_s, judge_first=expected is None)
+    except BaseException as error:
+        generation.release()
+        if isinstance(error, LoadFailed):
+            raise LoadFailed(*error.diagnostics, files=generation.files) from error
+        raise
+
+
+async def _build(generation: Generation, names: tuple[str, ...], timeout_s: float, *, judge_first: bool) -> Built:
+    dropin = generation.dropin
+    threads: list[int] = []
+
+    def work() -> tuple[list[tuple[Export, Any]], AgentOptions, tuple[Diagnostic, ...]]:
+        threads.append(threading.get_ident())
+        if judge_first:
+            _judge(generation)
+        module = _import(generation)
+        try:
+            exports = find_exports(module, dropin, names)
+            options, warnings = read_options(module, dropin)
+        except LoadFailed:
+            raise
+        except BaseException as error:  # noqa: BLE001 - the author's objects are asked about themselves
+            raise LoadFailed(explain(error, dropin, generation)) from error
+        return [(export, _make(export, generation)) for export in exports], options, warnings
+
+    try:
+        made, options, warnings = await asyncio.wait_for(run_in_thread(work), timeout_s)
+        agents = [(export, check_agent(await _finish(value, export, generation, timeout_s), export, dropin))
+                  for export, value in made]  # fmt: skip
+    except TimeoutError as error:
+        place = _standing(threads, generation)
+        raise LoadFailed(timed_out(dropin, timeout_s, *place)) from error
+    return Built(generation, tuple(agents), options, (*warnings, *_shadow_warnings(generation)))
+
+
+def timed_out(dropin: DropIn, timeout_s: float, file: str | None = None, line: int | None = None) -> Diagnostic:
+    """Return the diagnostic of an import that takes too long, with the line it stood at, if that is known."""
+    return diagnose(
+        dropin,
+        "import_timeout",
+        f"The import took longer than {timeout_s:g} s and was given up.",
+        "Do slow work when the agent runs, not when its file is imported; GATEWAY_AGENT_IMPORT_TIMEOUT_S allows more.",
+        kind="import",
+        file=file,
+        line=line,
+    )
+
+
+async def run_in_thread(work: Callable[[], T]) -> T:
+    """Run ``work`` in a daemon thread of its own and await it: a thread that hangs holds up nobody, not even the exit.
+
+    A `BaseException` raised by ``work`` reaches the caller as it is, except the two that would end the loop.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+    context = contextvars.copy_context()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(result)  # type: ignore[arg-type]
+
+    def target() -> None:
+        result: T | None = None
+        error: BaseException | None = None
+        try:
+            result = context.run(work)
+        except (SystemExit, KeyboardInterrupt, StopIteration) as raised:
+            error = RuntimeError(f"{type(raised).__name__} in a worker thread")
+            error.__cause__ = raised
+        except BaseException as raised:  # noqa: BLE001 - whatever it is, it belongs to the caller
+            error = raised
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=target, name="drop-in import", daemon=True).start()
+    return await done
+
+
+def _standing(threads: list[int], generation: Generation) -> tuple[str | None, int | None]:
+    """Return the line of the author's code at which a thread stands."""
+    frame = sys._current_frames().get(threads[0]) if threads else None
+    while frame is not None:
+        if generation.owns(frame.f_code.co_filename):
+            return label(frame.f_code.co_filename, generation.dropin), frame.f_lineno
+        frame = frame.f_back
+    return None, None
+
+
+def _judge(generation: Generation) -> None:
+    found = generation.judge()
+    if found is not None:
+        raise LoadFailed(explain(ModuleBlocked(*found), generation.dropin, generation))
+
+
+def _import(generation: Generation) -> ModuleType:
+    try:
+        return generation.import_entry()
+    except SourceChanged:
+        raise
+    except BaseException as error:  # noqa: BLE001 - the border to a stranger's code: sys.exit and worse included
+        raise LoadFailed(explain(error, generation.dropin, generation)) from error
+
+
+def _make(export: Export, generation: Generation) -> Any:
+    if not export.is_factory:
+        return export.value
+    try:
+        return call_factory(export, generation.dropin)
+    except LoadFailed:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a factory is a stranger's code
+        what = f"factory '{export.attribute}'"
+        raise LoadFailed(explain(error, generation.dropin, generation, what=what)) from error
+
+
+async def _finish(value: Any, export: Export, generation: Generation, timeout_s: float) -> Any:
+    if not export.is_factory or not inspect.isawaitable(value):
+        return value
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await value
+    except TimeoutError as error:
+        raise LoadFailed(timed_out(generation.dropin, timeout_s)) from error
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a factory is a stranger's code
+        what = f"factory '{export.attribute}'"
+        raise LoadFailed(explain(error, generation.dropin, generation, what=what)) from error
+
+
+def _shadow_warnings(generation: Generation) -> tuple[Diagnostic, ...]:
+    return tuple(
+        diagnose(
+            generation.dropin,
+            "shadowed_helper",
+            f"'import {name}' reaches {by}, not the file {name}.py beside the agent.",
+            f"Write 'from . import {name}', or give the file a name of its own.",
+            is_warning=True,
+        )
+        for name, by in generation.shadowed.items()
+    )

@@ -1,0 +1,303 @@
+"""From built agents to a generation that serves: prepare each, judge it by the current upstreams, write its rows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from agents import Agent
+
+from gateway.registry.entry import AgentEntry, AgentOptions, Diagnostic
+from gateway.registry.loading import Declaration, DropIn, LoadedGeneration, LoadFailed
+from gateway.registry.policy import ModulePolicy
+from gateway.registry.registry import slugify
+from gateway.upstreams.table import ModelBinding, UnknownModel, UnknownUpstream, UpstreamTable
+from sdk_adapter.building import Built, build
+from sdk_adapter.declarative import build_declared
+from sdk_adapter.diagnosis import diagnose
+from sdk_adapter.executor import PreparedAgent, prepare_agent
+from sdk_adapter.exports import Export, Outline
+from sdk_adapter.modules import DropInFinder
+from sdk_adapter.services import AdapterServices
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """One agent under its id, with what serves it and what it was made from."""
+
+    id: str
+    slug: str
+    options: AgentOptions
+    agent: Agent[Any]
+    prepared: PreparedAgent
+    attribute: str | None = None
+
+
+async def publish_dropin(
+    dropin: DropIn,
+    number: int,
+    finder: DropInFinder,
+    services: AdapterServices,
+    *,
+    policy: ModulePolicy,
+    expected: Mapping[Path, str],
+    warnings: tuple[Diagnostic, ...],
+    on_release: Callable[[], None],
+    declaration: Declaration | None = None,
+) -> LoadedGeneration:
+    """Import a drop-in that passed the pre-flight, and make its agents ready; raise `LoadFailed` or `SourceChanged`."""
+    settings = services.settings
+    built = await build(
+        dropin,
+        number,
+        finder,
+        names=settings.agent_exports,
+        policy=policy,
+        timeout_s=settings.agent_import_timeout_s,
+        expected=expected,
+    )
+    opened: list[Published] = []
+
+    async def release() -> None:
+        try:
+            await _close(opened)
+        finally:
+            built.generation.release()
+            opened.clear()
+            on_release()
+
+    try:
+        for export, agent in built.agents:
+            opened.append(await _publish(_named(export, agent, dropin, built, declaration), dropin, services))
+        files = {**expected, **built.generation.files}
+        found = (*warnings, *(item for item in built.warnings if item.code not in {w.code for w in warnings}))
+        describe = _describer(tuple(opened), dropin, number, services, found, declaration)
+        describe()
+    except BaseException as error:
+        await release()
+        if isinstance(error, LoadFailed):
+            raise LoadFailed(*error.diagnostics, files={**expected, **built.generation.files}) from error
+        raise
+    return LoadedGeneration(number, describe, release, files, found)
+
+
+async def publish_declared(declaration: Declaration, number: int, services: AdapterServices) -> LoadedGeneration:
+    """Make a declarative agent ready; raise `LoadFailed`."""
+    stand_in = _stand_in(declaration)
+    agent = build_declared(declaration)
+    published = await _publish(
+        _Named(declaration.id, declaration.slug, declaration.options, agent, None), stand_in, services
+    )
+    describe = _describer((published,), stand_in, number, services, (), declaration)
+    opened = [published]
+
+    async def release() -> None:
+        await _close(opened)
+
+    try:
+        describe()
+    except BaseException:
+        await release()
+        raise
+    return LoadedGeneration(number, describe, release)
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    id: str
+    slug: str
+    options: AgentOptions
+    agent: Agent[Any]
+    attribute: str | None
+
+
+def _named(export: Export, agent: Agent[Any], dropin: DropIn, built: Built, declaration: Declaration | None) -> _Named:
+    if declaration is not None:
+        return _Named(declaration.id, declaration.slug, declaration.options, agent, export.attribute)
+    options = built.options
+    if options.upstream is None and dropin.default_upstream is not None:
+        options = replace(options, upstream=dropin.default_upstream)
+    if options.model is None and agent.model is None and dropin.default_model is not None:
+        options = replace(options, model=dropin.default_model)
+    slug = dropin.slug if export.suffix is None else f"{dropin.slug}-{slugify(export.suffix) or 'agent'}"
+    return _Named(f"{options.namespace or dropin.namespace}/{slug}", slug, options, agent, export.attribute)
+
+
+async def _publish(named: _Named, dropin: DropIn, services: AdapterServices) -> Published:
+    try:
+        prepared = prepare_agent(named.agent, agent_id=named.id, options=named.options, services=services)
+        await prepared.executor.open()
+    except Exception as error:  # noqa: BLE001 - the author's objects are walked and changed
+        raise LoadFailed(
+            diagnose(
+                dropin,
+                "wrong_type",
+                f"The agent '{named.agent.name}' cannot be prepared: {type(error).__name__}: {error}",
+                "Check the types of its tools, handoffs and model.",
+                line=Outline(dropin).line_of(named.attribute) if named.attribute else None,
+            )
+        ) from error
+    return Published(named.id, named.slug, named.options, named.agent, prepared, named.attribute)
+
+
+async def _close(opened: Sequence[Published]) -> None:
+    """Wait for the last run of each agent, then close what it holds; one that fails does not spare the others."""
+    results = await asyncio.gather(*(item.prepared.executor.aclose() for item in opened), return_exceptions=True)
+    errors = [result for result in results if isinstance(result, Exception)]
+    if errors:
+        raise errors[0]
+
+
+def _describer(
+    agents: tuple[Published, ...],
+    dropin: DropIn,
+    number: int,
+    services: AdapterServices,
+    warnings: tuple[Diagnostic, ...],
+    declaration: Declaration | None,
+) -> Callable[[], Sequence[AgentEntry]]:
+    def describe() -> Sequence[AgentEntry]:
+        table = services.upstreams()
+        problems = [problem for item in agents for problem in _problems(item, dropin, table, services)]
+        if any(problem.severity == "error" for problem in problems):
+            raise LoadFailed(*problems)
+        return [_row(item, dropin, number, table, services, (*problems, *warnings), declaration) for item in agents]
+
+    return describe
+
+
+def _row(
+    item: Published,
+    dropin: DropIn,
+    number: int,
+    table: UpstreamTable,
+    services: AdapterServices,
+    diagnostics: tuple[Diagnostic, ...],
+    declaration: Declaration | None,
+) -> AgentEntry:
+    namespace = item.id.partition("/")[0]
+    binding = None if item.agent.name in item.prepared.brings_own_model else _bind(item, item.agent.model, table, services)
+    row = AgentEntry(
+        id=item.id,
+        namespace=namespace,
+        name=item.slug,
+        display_name=item.options.display_name or item.agent.name,
+        kind="sdk",
+        source="file",
+        created=_modified(dropin.file),
+        executor=item.prepared.executor,
+        upstream=binding.upstream.name if binding is not None else None,
+        model=binding.model if binding is not None else None,
+        description=item.options.description or item.agent.handoff_description,
+        tools=item.prepared.tools,
+        aliases=_aliases(item.agent.name, namespace, item.slug),
+        options=item.options,
+        generation=number,
+        file=dropin.label,
+        diagnostics=diagnostics,
+    )
+    if declaration is None:
+        return row
+    return replace(
+        row,
+        kind="sdk" if declaration.dropin is not None else "declarative",
+        source="yaml",
+        created=declaration.created,
+        owned_by=declaration.owned_by or row.owned_by,
+        file=declaration.label,
+    )
+
+
+def _aliases(name: str, namespace: str, slug: str) -> tuple[str, ...]:
+    """Return the names that the agent's own name gives: 'Weather Agent' → weather-agent, weatheragent, ns/… of both."""
+    own = slugify(name)
+    spellings = [s for s in dict.fromkeys((own, own.replace("-", ""))) if s and s != slug]
+    return (*spellings, *(f"{namespace}/{spelling}" for spelling in spellings))
+
+
+def _problems(item: Published, dropin: DropIn, table: UpstreamTable, services: AdapterServices) -> Iterator[Diagnostic]:
+    """Yield what keeps an agent from running on the current upstreams, and warnings."""
+    outline = Outline(dropin)
+    at = outline.line_of(item.attribute) if item.attribute else None
+    for agent, tool in item.prepared.duplicate_tools:
+        yield diagnose(
+            dropin,
+            "duplicate_tool",
+            f"The agent '{agent}' has two tools called '{tool}', so a call of one cannot be told from the other.",
+            "Rename one: @function_tool(name_override=...), as_tool(tool_name=...) or handoff(tool_name_override=...).",
+            line=at,
+        )
+    bindings: dict[str, ModelBinding] = {}
+    for agent, model in item.prepared.models:
+        try:
+            bindings[agent] = _bind(item, model, table, services)
+        except (UnknownUpstream, UnknownModel) as error:
+            code = "unknown_upstream" if isinstance(error, UnknownUpstream) else "unknown_model"
+            message, _, fix = error.message.rpartition(". ")
+            line = outline.line_of_option("upstream") if code == "unknown_upstream" else outline.line_of_text(model)
+            yield diagnose(dropin, code, f"Agent '{agent}': {message}.", fix, line=line or at)
+            if code == "unknown_upstream":
+                return
+    for agent, kind in item.prepared.hosted_tools:
+        binding = bindings.get(agent)
+        if binding is None or _serves_hosted(binding, kind):
+            continue
+        yield diagnose(
+            dropin,
+            "hosted_tool_unsupported",
+            f"The agent '{agent}' uses the hosted tool '{kind}', which the upstream '{binding.upstream.name}' does not "
+            "have.",
+            f"Use an upstream with api: responses that lists '{kind}' under hosted_tools in upstreams.yaml (provider "
+            "openai has them all), or a function tool instead.",
+            line=at,
+        )
+    for agent, kind in item.prepared.host_tools:
+        yield diagnose(
+            dropin,
+            "host_tool",
+            f"The agent '{agent}' uses the tool '{kind}', which acts on the gateway's own machine.",
+            "Be sure that whoever reaches this agent may do that; limit it with allow_agents.",
+            kind="security",
+            line=at,
+            is_warning=True,
+        )
+    for agent in item.prepared.brings_own_model:
+        yield diagnose(
+            dropin,
+            "own_model",
+            f"The agent '{agent}' brings a model object of its own: its calls pass by the gateway's upstreams.",
+            'Name the model instead: Agent(model="name"), and configure it in upstreams.yaml.',
+            line=at,
+            is_warning=True,
+        )
+
+
+def _bind(item: Published, model: Any, table: UpstreamTable, services: AdapterServices) -> ModelBinding:
+    """Resolve a model name as a run of the agent would."""
+    name = model if isinstance(model, str) else None
+    default = item.options.model or services.settings.default_model
+    if item.agent.model is model and item.options.model is not None:
+        name = item.options.model
+    return table.resolve(name, upstream=item.options.upstream, default_model=default)
+
+
+def _serves_hosted(binding: ModelBinding, kind: str) -> bool:
+    config = binding.upstream.config
+    if binding.upstream.api != "responses":
+        return False
+    return config.provider == "openai" if config.hosted_tools is None else kind in config.hosted_tools
+
+
+def _stand_in(declaration: Declaration) -> DropIn:
+    """Return what diagnostics of a declarative agent speak of: the YAML file."""
+    path = Path(declaration.label)
+    return DropIn(declaration.namespace, declaration.slug, path, path, path, declaration.label)
+
+
+def _modified(path: Path) -> int:
+    try:
+        return int(path.stat().st_mtime)
+    except OSError:
+        return 0
