@@ -100,12 +100,12 @@ class CallRecord:
 class UpstreamClient:
     """Looks like ``AsyncOpenAI`` to the SDK's model classes; sends to one upstream.
 
-    ``base_url`` is the upstream's, except for api.openai.com: the SDK would switch on storing of completions there.
+    ``base_url`` is the upstream's, except for chat at api.openai.com: the SDK would switch on storing there.
     """
 
     def __init__(self, upstream: Upstream, level: Level | None) -> None:
         official = urlsplit(str(upstream.base_url or "")).hostname == "api.openai.com"
-        self.base_url = "" if official else str(upstream.base_url or "")
+        self.base_url = "" if official and upstream.api == "chat" else str(upstream.base_url or "")
         self.record = CallRecord(level)
         self.chat = _Chat(upstream, level, self.record)
         self.responses = _Responses(upstream, level, self.record)

@@ -17,6 +17,7 @@ from typing import Any
 from agents import Agent, Handoff, Model, handoff
 from agents.models.default_models import get_default_model_settings
 
+from sdk_adapter.instrument import rebound_handoff
 from sdk_adapter.models import GatewayModel
 from sdk_adapter.scope import Level
 
@@ -57,15 +58,13 @@ class RunClones:
 
     def _bind(self, item: Agent[Any] | Handoff[Any, Any]) -> Handoff[Any, Any]:
         original = handoff(item) if isinstance(item, Agent) else item
-        bound = copy.copy(original)
         invoke = original.on_invoke_handoff
 
         async def on_invoke(context: Any, arguments: str) -> Any:
             target = await invoke(context, arguments)
             return self.clone_of(target) if isinstance(target, Agent) else target
 
-        bound.on_invoke_handoff = on_invoke
-        return bound
+        return rebound_handoff(original, on_invoke)
 
 
 def copied(agent: Agent[Any], **changes: Any) -> Agent[Any]:

@@ -7,6 +7,7 @@ over the agent it was made from, so that only what is changed in place is seen b
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import time
 from collections import Counter
@@ -131,6 +132,17 @@ def observe_tools(agent: Agent[Any]) -> None:
             invoker._invoke_tool_impl = observed
         else:
             tool.on_invoke_tool = observed
+
+
+def rebound_handoff(item: Handoff[Any, Any], invoke: Callable[[Any, str], Awaitable[Any]]) -> Handoff[Any, Any]:
+    """Return a copy of a handoff that is invoked by ``invoke`` and no longer refers to its original target.
+
+    The SDK would otherwise enter that target, shared by all runs, into its global table with every handoff.
+    """
+    bound = copy.copy(item)
+    bound.on_invoke_handoff = invoke
+    bound._agent_ref = None
+    return bound
 
 
 def is_agent_tool(tool: FunctionTool) -> bool:

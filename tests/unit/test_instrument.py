@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -66,6 +67,27 @@ def test_two_agents_of_one_name_are_two() -> None:
     assert [body["model"] for body in world.upstream.bodies] == ["default-model", "model-b"]
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_agents_of_one_name_keep_their_tools_apart(streamed: bool) -> None:
+    mine = {"type": "function", "function": {"name": "locate", "parameters": {"type": "object", "properties": {}}}}
+    b = Agent(name="Assistant", tools=[ping])
+    entry = Agent(name="Assistant", handoffs=[handoff(b, tool_name_override="to_b")])
+    b.handoffs.append(handoff(entry, tool_name_override="to_a"))
+    world = World(
+        Reply(calls=(("to_b", {}),)),
+        Reply(calls=(("ping", {}),)),
+        Reply(calls=(("to_a", {}),)),
+        Reply(calls=(("to_b", {}),)),
+        Reply(calls=(("ping", {}), ("locate", {}))),
+    )
+    with world.installed():
+        answer = run_async(world.ask(entry, streamed=streamed, tools=[mine]))
+    assert [call.name for call in answer.calls] == ["locate"]
+    offered = [[tool["function"]["name"] for tool in body["tools"]] for body in world.upstream.bodies]
+    in_entry, in_b = ["locate", "to_b"], ["ping", "locate", "to_a"]
+    assert offered == [in_entry, in_b, in_b, in_entry, in_b]
+
+
 def test_what_the_loader_judges_is_reported() -> None:
     server = MCPServerStdio(name="files", params={"command": "true"})
     inner = Agent(
@@ -121,6 +143,20 @@ def test_tools_are_instrumented_once_however_often_they_are_prepared() -> None:
         world.prepare(agent)
         run_async(world.ask(world.prepare(agent)))
     assert world.metrics.snapshot()["tool_invocations"] == 1
+
+
+def test_a_plain_function_as_a_tool_runs_in_a_thread() -> None:
+    threads = []
+
+    @function_tool
+    def where() -> str:
+        threads.append(threading.current_thread())
+        return "here"
+
+    world = World(Reply(calls=(("where", {}),)), "x")
+    with world.installed():
+        run_async(world.ask(Agent(name="a", tools=[where])))
+    assert threads[0] is not threading.main_thread()
 
 
 def test_a_tool_built_by_hand_is_observed_too() -> None:

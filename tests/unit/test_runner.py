@@ -20,6 +20,7 @@ from agents import (
 )
 from agents.models.default_models import get_default_model_settings
 from agents.run import get_default_agent_runner
+from agents.run_internal.agent_tool_configuration import _resolutions
 from agents.testing import ModelStep, ScriptedModel, assistant_message
 from agents.tracing import setup
 
@@ -133,6 +134,33 @@ def test_inner_agents_are_cloned_and_share_the_context() -> None:
     assert all(agent is not inner and agent is not outer for agent, _ in seen)
     assert len({id(context) for _, context in seen}) == 1
     assert seen[0][1].state == {"notes": ["inner"]}
+
+
+def test_contract_runs_do_not_register_the_authors_agents_in_the_sdks_table() -> None:
+    """What makes concurrent runs of one shared agent quadratic in the SDK (see `sdk_adapter.cloning`)."""
+    seen: set[int] = set()
+
+    @function_tool
+    def look() -> str:
+        seen.update(_resolutions)
+        return "x"
+
+    target = Agent(name="target", tools=[look])
+    inner = Agent(name="inner", tools=[look], handoffs=[target])
+    entry = Agent(name="entry", tools=[inner.as_tool("ask", "Ask.")], handoffs=[target])
+    world = World(
+        Reply(calls=(("ask", {"input": "x"}),)),
+        Reply(calls=(("look", {}),)),
+        Reply(calls=(("transfer_to_target", {}),)),
+        Reply(calls=(("look", {}),)),
+        "inner",
+        "done",
+    )
+    with world.installed():
+        run_async(world.ask(entry))
+    assert seen
+    assert not seen & {id(agent) for agent in (entry, inner, target)}
+    assert not _resolutions
 
 
 def test_an_own_model_of_an_inner_agent_is_counted() -> None:
