@@ -22,7 +22,7 @@ from cryptography.x509.oid import NameOID
 from gateway import errors
 from gateway.upstreams.client import HttpUpstream
 from gateway.upstreams.config import Limits, Timeouts
-from tests.support.scripted_answers import STREAM_HEAD, Answer, chunk, sse, status
+from tests.support.scripted_answers import LAST, STREAM_HEAD, Answer, chunk, frame, sse, status
 from tests.support.scripted_faults import fault
 from tests.support.scripted_upstream import ScriptedUpstream
 from tests.support.upstream_calls import (
@@ -131,11 +131,37 @@ def test_total_deadline_closes_the_socket_of_a_stalled_reader(scripted: Scripted
 def test_slow_reader_is_not_an_idle_upstream(scripted: ScriptedUpstream) -> None:
     async def main() -> None:
         async with connected(scripted.base_url, timeouts=Timeouts(idle_s=0.2)) as upstream:
-            scripted.enqueue(Answer(text="one two three"))
+            first, second = scripted.gate(), scripted.gate()
+            a, b, c = (sse(chunk({"content": text})) for text in "abc")
+            end = [*c, *sse(chunk({}, "stop"), b"[DONE]"), LAST]
+            scripted.enqueue(Answer(steps=lambda streamed: [STREAM_HEAD, *a, first.event, *b, second.event, *end]))
             stream = upstream.chat_stream(chat_request(stream=True))
             await anext(stream)
+            first.open()
+            await anext(stream)
             await asyncio.sleep(0.5)  # longer than idle_s; what is being waited for is this reader
-            assert text_of(await collect(stream)) == "one two three"
+            second.open()
+            assert text_of(await collect(stream)) == "c"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_comments_do_not_count_as_events(scripted: ScriptedUpstream, after: int) -> None:
+    def steps(streamed: bool) -> Iterator[Any]:
+        yield STREAM_HEAD
+        yield from sse(*[chunk({"content": "x"})] * after)
+        for _ in itertools.count():
+            yield frame(b": still here\n\n")
+            yield 0.01
+
+    async def main() -> None:
+        async with connected(scripted.base_url, timeouts=Timeouts(first_byte_s=0.3, idle_s=0.3)) as upstream:
+            scripted.enqueue(Answer(steps=steps))
+            started = time.monotonic()
+            with pytest.raises(errors.UpstreamTimeout, match="sent no event" if after else "no first event"):
+                await collect(upstream.chat_stream(chat_request(stream=True)))
+            assert 0.25 < time.monotonic() - started < 2
 
     asyncio.run(main())
 
@@ -274,6 +300,73 @@ def test_bytes_after_the_answer_spoil_the_connection_only(scripted: ScriptedUpst
     asyncio.run(main())
 
 
+def test_bytes_before_the_answer_is_taken_spoil_the_connection_too(scripted: ScriptedUpstream) -> None:
+    async def main() -> None:
+        async with connected(scripted.base_url) as upstream:
+            gate = scripted.gate()
+            end = sse(chunk({"content": "x"}, "stop"), b"[DONE]")
+            scripted.enqueue(Answer(steps=lambda streamed: [STREAM_HEAD, *end, LAST, gate.event, b"garbage", "hang"]))
+            stream = upstream.chat_stream(chat_request(stream=True))
+            await anext(stream)
+            exchange = next(iter(upstream._transport._active))
+            await until(lambda: exchange.complete and exchange.reusable)
+            gate.open()
+            await until(lambda: not exchange.reusable)
+            assert await collect(stream) == []
+            assert upstream._transport.idle_connections == 0
+
+    asyncio.run(main())
+
+
+def test_connection_is_kept_when_the_end_comes_after_done(scripted: ScriptedUpstream) -> None:
+    async def main() -> None:
+        async with connected(scripted.base_url) as upstream:
+            gate = scripted.gate()
+            end = sse(chunk({"content": "x"}, "stop"), b"[DONE]")
+            scripted.enqueue(Answer(steps=lambda streamed: [STREAM_HEAD, *end, gate.event, LAST]))
+            assert text_of(await collect(upstream.chat_stream(chat_request(stream=True)))) == "x"
+            assert upstream._transport.idle_connections == 0
+            gate.open()
+            await until(lambda: upstream._transport.idle_connections == 1)
+            await upstream.chat(chat_request())
+        assert scripted.connections == 1
+
+    asyncio.run(main())
+
+
+def test_answer_before_the_request_is_read_spoils_the_connection() -> None:
+    async def refuse_early(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(100)
+        writer.write(b"HTTP/1.1 413 Too Large\r\ncontent-length: 2\r\n\r\n{}")
+        await left.wait()
+        writer.close()
+        await writer.wait_closed()
+
+    left = asyncio.Event()
+
+    async def main() -> None:
+        async with await asyncio.start_server(refuse_early, "127.0.0.1", 0, limit=1024) as server:
+            async with connected(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1") as upstream:
+                with pytest.raises(errors.UpstreamRejected):
+                    await upstream.chat(chat_request("x" * 20_000_000))
+                assert upstream._transport.idle_connections == 0
+            left.set()
+
+    asyncio.run(main())
+
+
+def test_transfer_encoding_other_than_chunked_is_refused(scripted: ScriptedUpstream) -> None:
+    async def main() -> None:
+        async with connected(scripted.base_url) as upstream:
+            for coding in ("gzip", "gzip, chunked", "chunked\r\ntransfer-encoding: chunked"):
+                head = f"HTTP/1.1 200 OK\r\ntransfer-encoding: {coding}\r\n\r\n".encode()
+                scripted.enqueue(Answer(steps=lambda streamed, head=head: [head, "hang"]))
+                with pytest.raises(errors.UpstreamMalformed, match="transfer encoding"):
+                    await upstream.chat(chat_request())
+
+    asyncio.run(main())
+
+
 def test_stream_that_stays_open_after_done_is_closed(scripted: ScriptedUpstream) -> None:
     async def main() -> None:
         async with connected(scripted.base_url) as upstream:
@@ -306,21 +399,23 @@ def test_two_hundred_streams_at_once(scripted: ScriptedUpstream) -> None:
 
 
 def test_call_from_another_loop_gets_its_own_connection(scripted: ScriptedUpstream) -> None:
-    """An author's sync tool may run a loop of its own in a thread."""
+    """An author's sync tool may run a loop of its own in a thread, which is gone when the call is done."""
+    end = sse(chunk({"content": "x"}, "stop"), b"[DONE]")
+
+    async def once(upstream: HttpUpstream) -> None:
+        assert text_of(await collect(upstream.chat_stream(chat_request(stream=True)))) == "x"
 
     async def main() -> None:
         async with connected(scripted.base_url) as upstream:
             await upstream.chat(chat_request())
-            await asyncio.to_thread(lambda: asyncio.run(_once(upstream)))
+            scripted.enqueue(Answer(steps=lambda streamed: [STREAM_HEAD, *end, "hang"]))
+            await asyncio.to_thread(lambda: asyncio.run(once(upstream)))
+            await asyncio.to_thread(scripted.wait_closed, 2)
             await upstream.chat(chat_request())
             assert upstream._transport.idle_connections == 1
 
-    async def _once(upstream: HttpUpstream) -> None:
-        assert text_of(await collect(upstream.chat_stream(chat_request(stream=True)))) == "You said: Hi"
-
     asyncio.run(main())
     assert [r.connection for r in scripted.requests] == [1, 2, 1]
-    scripted.wait_closed(2)
 
 
 def test_retired_upstream_serves_on_without_keeping_connections(scripted: ScriptedUpstream) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from gateway import errors
 from gateway.upstreams.client import HttpUpstream
-from gateway.upstreams.config import Timeouts
+from gateway.upstreams.config import Limits, Timeouts
 from tests.support.scripted_answers import STREAM_HEAD, Answer, Call, sse, status
 from tests.support.scripted_faults import FAULTS, fault
 from tests.support.scripted_upstream import ScriptedUpstream
@@ -166,6 +166,8 @@ def test_fault_is_an_error_in_time_and_in_little_memory(scripted: ScriptedUpstre
             return caught.value, took
 
     error, took = asyncio.run(main())
+    if name == "gzip_bomb":
+        assert "compressed" in str(error)
     assert type(error) is EXPECTED[name][streamed], error
     assert took < 5
     assert UPSTREAM_KEY not in str(error)
@@ -304,6 +306,25 @@ def test_responses_stream_must_end_well(scripted: ScriptedUpstream) -> None:
                 scripted.enqueue(Answer(steps=lambda streamed, stream=stream: stream))
                 with pytest.raises(kind):
                     await collect(upstream.stream("/responses?x=1", body))
+
+    asyncio.run(main())
+
+
+def test_limits_are_settings(scripted: ScriptedUpstream) -> None:
+    async def main() -> None:
+        huge = b"HTTP/1.1 200 OK\r\ncontent-length: 64000000\r\n\r\n"
+        limits = Limits(event_bytes=1024, body_bytes=1024, stream_bytes=4096, head_bytes=1024)
+        async with connected(scripted.base_url, limits=limits) as upstream:
+            for streamed, answer, name in (
+                (False, Answer(text="x" * 1024), "body_bytes"),
+                (False, Answer(steps=lambda streamed: [huge, "hang"]), "body_bytes"),
+                (True, Answer(text="x" * 1024), "event_bytes"),
+                (True, Answer(text="x " * 100), "stream_bytes"),
+                (True, Answer(body={}, headers={"x-filler": "x" * 2000}), "headers of more"),
+            ):
+                scripted.enqueue(answer)
+                with pytest.raises(errors.UpstreamMalformed, match=name):
+                    await _ask(upstream, streamed)
 
     asyncio.run(main())
 

@@ -135,7 +135,7 @@ class Exchange:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if drain and not self.complete and self._error is None and not self.paused:
+        if drain and not self.complete and self._error is None and not self.paused and self.connection.is_kept:
             self.draining = True
             self._size = 0
             self._buffer.clear()
@@ -224,6 +224,10 @@ class Exchange:
 class Owner(Protocol):
     """Whoever keeps connections between exchanges."""
 
+    def keeps(self, connection: Connection) -> bool:
+        """Whether a connection would be kept for another request."""
+        ...
+
     def give_back(self, connection: Connection, exchange: Exchange) -> None:
         """Take a connection that can carry another request."""
         ...
@@ -252,6 +256,7 @@ class Connection(asyncio.Protocol):
         self._interim = False
         self._progress = False
         self._unproductive = 0
+        self._head_bytes = 0
         self._lost = False
 
     def begin(self, exchange: Exchange, head: bytes, body: bytes) -> None:
@@ -259,6 +264,7 @@ class Connection(asyncio.Protocol):
         assert self._socket is not None
         self._exchange = exchange
         self._unproductive = 0
+        self._head_bytes = 0
         if len(body) < 32 * 1024:
             self._socket.write(head + body)
         else:
@@ -291,6 +297,11 @@ class Connection(asyncio.Protocol):
         """Read the socket again."""
         if self._socket is not None and not self._socket.is_closing():
             self._socket.resume_reading()
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it would serve another request after this one."""
+        return self._owner.keeps(self)
 
     @property
     def is_open(self) -> bool:
@@ -326,7 +337,7 @@ class Connection(asyncio.Protocol):
         if not self._progress:
             self._unproductive += len(data)
             if self._unproductive > exchange.limits.head_bytes:
-                self._refuse(exchange, f"sent headers of more than {exchange.limits.head_bytes} bytes")
+                self._refuse_head(exchange)
         else:
             self._unproductive = 0
 
@@ -336,13 +347,13 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the exchange what the end of the connection means for it."""
-        aborted, self._lost = self._lost, True
+        self._lost = True
         self._owner.discard(self)
         exchange = self._exchange
         if exchange is None:
             return
         if exchange.head_complete:
-            if exc is None and self._length is None and not aborted:
+            if exc is None and self._length is None:
                 exchange.reusable = False
                 exchange.finished()
             else:
@@ -373,6 +384,9 @@ class Connection(asyncio.Protocol):
         exchange = self._exchange
         if exchange is None or exchange.head_complete:
             return
+        self._head_bytes += len(name) + len(value) + 4
+        if self._head_bytes > exchange.limits.head_bytes:
+            self._refuse_head(exchange)
         name = name.lower()
         if name not in exchange.headers:
             exchange.headers[name] = value
@@ -421,6 +435,12 @@ class Connection(asyncio.Protocol):
         if exchange is not None and exchange.head_complete and not exchange.complete:
             self._progress = True
             exchange.finished()
+
+    def _refuse_head(self, exchange: Exchange) -> None:
+        limit = exchange.limits.head_bytes
+        self._refuse(
+            exchange, f"sent headers of more than {limit} bytes. Raise limits.head_bytes of it if that is right"
+        )
 
     def _refuse(self, exchange: Exchange, what: str) -> None:
         if exchange.complete:

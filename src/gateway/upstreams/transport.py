@@ -166,10 +166,14 @@ class Transport:
 
     # Called by connections.
 
+    def keeps(self, connection: Connection) -> bool:
+        """Whether a connection would be kept for another request."""
+        return not self._retired and connection.loop is self._loop and len(self._idle) < MAX_IDLE_CONNECTIONS
+
     def give_back(self, connection: Connection, exchange: Exchange) -> None:
         """Keep a connection for the next request."""
         self._active.discard(exchange)
-        if self._retired or connection.loop is not self._loop or len(self._idle) >= MAX_IDLE_CONNECTIONS:
+        if not self.keeps(connection):
             connection.abort()
             return
         connection.idle_since = self._loop.time()
