@@ -23,6 +23,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from gateway.errors import UpstreamError, UpstreamIncomplete, UpstreamMalformed
 from gateway.events import FinishReason, Usage
+from sdk_adapter.call_ids import CallIds
 from sdk_adapter.messages import NamedText
 from sdk_adapter.scope import Level
 
@@ -151,11 +152,12 @@ class _ChatCompletions:
         for choice in (completion.choices or ())[:1]:
             self._record.finished(choice.finish_reason)
             self._record.wrote(len(choice.message.content or ""))
+            self._call_ids().settle(choice.message)
             if self._record.finish_reason in ("length", "content_filter"):
                 choice.finish_reason = "stop"
 
     async def _chunks(self, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[ChatCompletionChunk, None]:
-        record = self._record
+        record, calls = self._record, self._call_ids()
         try:
             async with aclosing(events):
                 async for data in events:
@@ -164,6 +166,8 @@ class _ChatCompletions:
                         record.used(_usage_of_chat(chunk.usage))
                     for choice in chunk.choices or ():
                         record.wrote(len(choice.delta.content or ""))
+                        for call in choice.delta.tool_calls or ():
+                            calls.follow(call)
                         if choice.finish_reason is not None:
                             record.finished(choice.finish_reason)
                             if record.finish_reason in ("length", "content_filter"):
@@ -171,6 +175,9 @@ class _ChatCompletions:
                     yield chunk
         finally:
             record.close()
+
+    def _call_ids(self) -> CallIds:
+        return CallIds(self._level.scope.call_ids if self._level is not None else set())
 
 
 class _Responses:

@@ -181,13 +181,15 @@ class AgentExecutor:
             return self._changes(agent, settings, tools, verdict)
 
         clones = RunClones(level, customise)
+        items = items_of(request.messages, self._turns.of(run.principal.key_id))
+        scope.call_ids.update(item["call_id"] for item in items if item.get("type") == "function_call")
         entry = clones.clone_of(self._entry)
         clones.treat_alike(self._agent, entry)
         return _Answer(
             run=run,
             level=level,
             entry=entry,
-            items=items_of(request.messages, self._turns.of(run.principal.key_id)),
+            items=items,
             max_turns=self._max_turns,
             config=RunConfig(
                 model_provider=self._provider,

@@ -44,6 +44,8 @@ from gateway.errors import (
 from gateway.events import FinishReason
 from sdk_adapter.models import AnswerCut
 
+_INNER = "__gateway_inner__"
+
 
 @dataclass(frozen=True, slots=True)
 class EarlyEnd:
@@ -55,8 +57,15 @@ class EarlyEnd:
     items: tuple[RunItem, ...] = ()
 
 
+def mark_inner(error: AgentsException) -> None:
+    """Note that it was a run inside the run that ended: for the run itself this is an error like any other."""
+    setattr(error, _INNER, True)
+
+
 def early_end(error: BaseException) -> EarlyEnd | None:
     """Return how the answer ended, for exceptions that end it without being an error."""
+    if hasattr(error, _INNER):
+        return None
     match error:
         case MaxTurnsExceeded():
             data = error.run_data

@@ -93,7 +93,12 @@ class _Translation:
                 content = _texts(message.content)
                 self.items.append({"role": role, "content": _named(content, message.name, index)})
             case UserMessage():
-                parts = message.content if isinstance(message.content, str) else [_part(p) for p in message.content]
+                at = f"messages[{index}].content"
+                parts = (
+                    message.content
+                    if isinstance(message.content, str)
+                    else [_part(part, f"{at}[{n}]") for n, part in enumerate(message.content)]
+                )
                 self.items.append({"role": "user", "content": _named(parts, message.name, index)})
             case AssistantMessage():
                 self._assistant(index, message)
@@ -188,15 +193,21 @@ def _texts(content: str | list[TextPart]) -> str | list[Item]:
     return content if isinstance(content, str) else [{"type": "input_text", "text": part.text} for part in content]
 
 
-def _part(part: UserPart) -> Item:
+def _part(part: UserPart, at: str) -> Item:
     match part:
         case TextPart(text=text):
             return {"type": "input_text", "text": text}
         case ImagePart(image_url=image):
+            if not image.url:
+                raise InvalidRequest("An image needs a URL.", param=f"{at}.image_url.url")
             return {"type": "input_image", "image_url": image.url, "detail": image.detail or "auto"}
         case AudioPart(input_audio=audio):
+            if not audio.data or not audio.format:
+                raise InvalidRequest("Audio needs its data and its format.", param=f"{at}.input_audio")
             return {"type": "input_audio", "input_audio": {"data": audio.data, "format": audio.format}}
         case FilePart(file=file):
+            if not file.file_data and not file.file_id:
+                raise InvalidRequest("A file needs file_data or a file_id.", param=f"{at}.file")
             fields = {"file_data": file.file_data, "file_id": file.file_id, "filename": file.filename}
             return {"type": "input_file"} | {name: value for name, value in fields.items() if value is not None}
         case _:

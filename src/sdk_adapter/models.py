@@ -22,6 +22,7 @@ from agents.models.openai_chatcompletions import OpenAIChatCompletionsModel
 from agents.models.openai_responses import OpenAIResponsesModel
 from agents.retry import ModelRetryAdvice, ModelRetryAdviceRequest
 from agents.usage import Usage as SdkUsage
+from openai.types.responses.response_create_params import ResponseCreateParamsNonStreaming
 
 from gateway.chat import ChatRequest, FunctionMessage
 from gateway.errors import AgentFailed, UnsupportedParameter
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 PLACEHOLDER_MODEL = "gateway-default"
 """Stands where the SDK would assume a GPT-5 model, and its settings, for agents that name no model."""
+
+_RESPONSES_FIELDS = frozenset(ResponseCreateParamsNonStreaming.__annotations__)
 
 _CHAT_ONLY = (
     "frequency_penalty",
@@ -259,6 +262,10 @@ def _refuse_chat_only(level: Level) -> None:
                 "field. Leave it out, or have the upstream's 'api' set to 'chat'.",
                 param=name,
             )
+    for name in request.extra:
+        if name in _RESPONSES_FIELDS:
+            # In this upstream's language it would replace what the agent's author decided.
+            raise UnsupportedParameter(f"'{name}' is not a field of a chat completion. Leave it out.", param=name)
     for index, message in enumerate(request.messages):
         if getattr(message, "name", None) is not None and not isinstance(message, FunctionMessage):
             raise UnsupportedParameter(

@@ -56,7 +56,10 @@ class RequestSettings:
     def _extra_args(self) -> dict[str, Any]:
         request = self._request
         extra = {name: value for name in _EXTRA if (value := getattr(request, name)) is not None}
-        user = request.user.get("id") if isinstance(request.user, dict) else request.user
+        user = request.user
+        if isinstance(user, dict):
+            # Open WebUI's form of it.
+            user = next((user[name] for name in ("id", "email", "name") if user.get(name)), None)
         if user is not None:
             extra["user"] = str(user)
         return extra

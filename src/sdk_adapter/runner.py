@@ -13,9 +13,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from agents import Agent, RunConfig, RunResult, RunResultStreaming, RunState
+from agents.exceptions import AgentsException
 from agents.run import AgentRunner, get_default_agent_runner, set_default_agent_runner
 
 from sdk_adapter.cloning import RunClones
+from sdk_adapter.failures import mark_inner
 from sdk_adapter.instrument import is_default_provider
 from sdk_adapter.models import PLACEHOLDER_MODEL, GatewayProvider
 from sdk_adapter.scope import Level, current_level, enter_level
@@ -42,7 +44,12 @@ class GatewayRunner(AgentRunner):
         """See ``Runner.run``."""
         level, agent, arguments = self._prepare(starting_agent, input, kwargs)
         with enter_level(level) if level is not None else nullcontext():
-            return await super().run(agent, input, **arguments)
+            try:
+                return await super().run(agent, input, **arguments)
+            except AgentsException as error:
+                if level is not None and level.depth:
+                    mark_inner(error)
+                raise
 
     def run_streamed(self, starting_agent: Agent[Any], input: Any, **kwargs: Any) -> RunResultStreaming:
         """See ``Runner.run_streamed``; the tasks it starts inherit the level."""

@@ -36,8 +36,8 @@ MODEL_CALLS_PER_TURN = 10
 class RunScope:
     """Shared by every level of one run.
 
-    ``finished`` turns True when the answer is complete: author code that goes on in the background from then on uses
-    the current upstreams instead of this run's.
+    ``call_ids`` are those of all tool calls so far. ``finished`` turns True when the answer is complete: author code
+    that goes on in the background from then on uses the current upstreams instead of this run's.
     """
 
     run: Run
@@ -49,6 +49,7 @@ class RunScope:
     default_model: str | None = None
     max_tool_hops: int | None = None
     usage: Usage = field(default_factory=Usage)
+    call_ids: set[str] = field(default_factory=set)
     model_calls: int = 0
     finished: bool = False
 

@@ -148,6 +148,73 @@ def test_quirks_of_local_servers_are_forgiven(streamed: bool) -> None:
     assert (answer.text, answer.end.finish_reason) == ("hi", "stop")
 
 
+@function_tool
+def look(n: int) -> str:
+    """Look."""
+    return f"saw {n}"
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("given", ["call_0", "", None])
+def test_servers_that_give_calls_no_id_or_always_the_same_are_forgiven(streamed: bool, given: str | None) -> None:
+    world = World()
+
+    def call(index: int, n: int) -> dict[str, Any]:
+        return {"index": index, "id": given, "function": {"name": "look", "arguments": json.dumps({"n": n})}}
+
+    answers = iter(([call(0, 1)], [call(0, 2), call(1, 3)], []))
+
+    async def chat(body: bytes, **_: Any) -> bytes:
+        world.upstream.bodies.append(json.loads(body))
+        calls = next(answers)
+        message = {"role": "assistant", "content": None if calls else "done", "tool_calls": calls or None}
+        return json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}).encode()
+
+    async def chat_stream(body: bytes, **_: Any) -> Any:
+        world.upstream.bodies.append(json.loads(body))
+        calls = next(answers)
+        for delta in ({"tool_calls": [item]} for item in calls):
+            yield json.dumps({"choices": [{"index": 0, "delta": delta}]}).encode()
+        last = {} if calls else {"content": "done"}
+        yield json.dumps({"choices": [{"index": 0, "delta": last, "finish_reason": "stop"}]}).encode()
+
+    world.upstream.chat, world.upstream.chat_stream = chat, chat_stream  # type: ignore[assignment,method-assign]
+    history = [
+        {"role": "user", "content": "x"},
+        {
+            "role": "assistant",
+            "tool_calls": [{"id": "call_0", "type": "function", "function": {"name": "o", "arguments": "{}"}}],
+        },
+        {"role": "tool", "tool_call_id": "call_0", "content": "old"},
+    ]
+    with world.installed():
+        answer = run_async(world.ask(Agent(name="a", tools=[look]), streamed=streamed, messages=history))
+    assert answer.text == "done"
+    told = [m for m in world.upstream.bodies[2]["messages"] if m["role"] == "tool"]
+    assert [m["content"] for m in told] == ["old", "saw 1", "saw 2", "saw 3"]
+    assert len({m["tool_call_id"] for m in told}) == 4
+
+
+def test_calls_that_all_have_index_0_are_told_apart() -> None:
+    world = World()
+    pieces = [("a", "look", '{"n"'), ("a", "look", ": 1}"), ("b", "look", '{"n": 2}')]
+    turns = iter((pieces, []))
+
+    async def chat_stream(body: bytes, **_: Any) -> Any:
+        world.upstream.bodies.append(json.loads(body))
+        calls = next(turns)
+        for id_, name, arguments in calls:
+            piece = {"index": 0, "id": id_, "type": "function", "function": {"name": name, "arguments": arguments}}
+            yield json.dumps({"choices": [{"index": 0, "delta": {"tool_calls": [piece]}}]}).encode()
+        last = {} if calls else {"content": "done"}
+        yield json.dumps({"choices": [{"index": 0, "delta": last, "finish_reason": "stop"}]}).encode()
+
+    world.upstream.chat_stream = chat_stream  # type: ignore[assignment,method-assign]
+    with world.installed():
+        assert run_async(world.ask(Agent(name="a", tools=[look]), streamed=True)).text == "done"
+    assert [m["content"] for m in world.upstream.bodies[1]["messages"] if m["role"] == "tool"] == ["saw 1", "saw 2"]
+
+
 def test_what_is_no_object_is_malformed() -> None:
     world = World()
 
@@ -299,6 +366,8 @@ def test_a_responses_stream_without_an_end_is_incomplete() -> None:
     [
         ({"stop": "x"}, "stop"),
         ({"seed": 1}, "seed"),
+        ({"instructions": "mine"}, "instructions"),
+        ({"previous_response_id": "resp_0"}, "previous_response_id"),
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
         ({"messages": [{"role": "user", "name": "ann", "content": "x"}]}, "messages[0].name"),
     ],

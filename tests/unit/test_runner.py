@@ -114,6 +114,22 @@ def test_runs_inside_runs_end_at_a_depth() -> None:
     assert len(world.upstream.bodies) == 9
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_turn_limit_of_a_guardrails_own_run_is_not_the_answers(streamed: bool) -> None:
+    @function_tool
+    def ping() -> str:
+        return "pong"
+
+    @input_guardrail(run_in_parallel=False)
+    async def endless(context: Any, agent: Any, input: Any) -> GuardrailFunctionOutput:
+        await Runner.run(Agent(name="busy", tools=[ping]), "q", max_turns=1)
+        return GuardrailFunctionOutput(output_info=None, tripwire_triggered=False)
+
+    world = World(Reply(calls=(("ping", {}),)))
+    with world.installed(), pytest.raises(AgentFailed):
+        run_async(world.ask(Agent(name="a", input_guardrails=[endless]), streamed=streamed))
+
+
 def test_inner_agents_are_cloned_and_share_the_context() -> None:
     seen: list[Any] = []
 

@@ -70,6 +70,24 @@ def test_images_audio_and_files_pass() -> None:
     assert got == content
 
 
+@pytest.mark.parametrize(
+    ("part", "param"),
+    [
+        ({"type": "image_url", "image_url": {"url": ""}}, "messages[0].content[1].image_url.url"),
+        ({"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}, "messages[0].content[1].input_audio"),
+        ({"type": "file", "file": {"filename": "a.pdf"}}, "messages[0].content[1].file"),
+    ],
+)
+def test_an_empty_part_is_refused_by_name(part: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        sent([{"role": "user", "content": [{"type": "text", "text": "x"}, part]}])
+    assert caught.value.param == param
+
+
+def test_a_user_object_without_an_id_still_names_somebody() -> None:
+    assert sent([{"role": "user", "content": "x"}], user={"email": "a@example.org"})["user"] == "a@example.org"
+
+
 def test_participants_keep_their_names() -> None:
     messages: list[dict[str, Any]] = [
         {"role": "user", "name": "ann", "content": "hi"},
