@@ -8,7 +8,7 @@
 Queued answers are taken first, in order; then what `script` set for the model's name; then a model named
 ``fault:NAME`` commits that fault; everything else gets the default: the first tool offered is called with arguments
 made from its schema (or with the JSON object that the last message holds), and a tool result or a plain message is
-answered with text. ``POST /__enqueue`` and ``GET /__requests`` do the same over HTTP. Every request is recorded.
+answered with text. ``/__enqueue`` and ``/__requests`` do the same over HTTP. Every request is recorded.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ class ScriptedUpstream:
         path = request.path.partition("?")[0]
         if path == "/__requests":
             seen = [{"path": r.path, "headers": r.headers, "json": r.json} for r in self.requests]
-            return [whole(200, dump(seen))]
+            return [whole(200, dump({"requests": seen}))]
         if path == "/__enqueue":
             fields = request.json
             name = fields.pop("fault", None)

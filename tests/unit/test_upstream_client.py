@@ -391,6 +391,32 @@ def test_base_url_may_carry_a_query(scripted: ScriptedUpstream) -> None:
     ]
 
 
+def test_scripted_upstream_can_be_told_over_http(scripted: ScriptedUpstream) -> None:
+    """For gateways that run in another process."""
+
+    async def main() -> None:
+        async with (
+            connected(scripted.base_url.removesuffix("/v1")) as control,
+            connected(scripted.base_url) as upstream,
+        ):
+            await control.post("/__enqueue", b'{"text": "told", "calls": []}')
+            await control.post("/__enqueue", b'{"fault": "html"}')
+            assert b"told" in await upstream.chat(chat_request())
+            with pytest.raises(errors.UpstreamMalformed):
+                await upstream.chat(chat_request())
+            with pytest.raises(errors.UpstreamError):
+                await upstream.chat(b'{"model": "fault:redirect"}')
+            scripted.script("always", Answer(text="the same"))
+            for _ in range(2):
+                assert b"the same" in await upstream.chat(b'{"model": "always"}')
+            seen = json.loads(await control.post("/__requests", b"{}"))
+            assert [r["json"].get("model") for r in seen["requests"]] == [
+                "scripted", "scripted", "fault:redirect", "always", "always",
+            ]  # fmt: skip
+
+    asyncio.run(main())
+
+
 async def _ask(upstream: HttpUpstream, streamed: bool) -> None:
     if streamed:
         await collect(upstream.chat_stream(chat_request(stream=True)))
