@@ -423,6 +423,16 @@ def test_the_gateways_model_replaces_the_authors_and_its_upstream_is_asked() -> 
     assert "verbosity" not in world.upstream.bodies[0]
 
 
+def test_a_handoff_back_to_the_entry_agent_keeps_the_gateways_model() -> None:
+    other = Agent(name="other", model="others-model")
+    entry = Agent(name="entry", model="gpt-5-mini", handoffs=[other])
+    other.handoffs.append(entry)
+    world = World(Reply(calls=(("transfer_to_other", {}),)), Reply(calls=(("transfer_to_entry", {}),)), "back")
+    with world.installed():
+        assert run_async(world.ask(entry, options={"model": "local-model"})).text == "back"
+    assert [body["model"] for body in world.upstream.bodies] == ["local-model", "others-model", "local-model"]
+
+
 def test_the_authors_agent_is_not_changed_by_a_request() -> None:
     agent = weather_agent(model_settings=ModelSettings(temperature=0.25))
     world = World("a", "b")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from typing import Any
 
@@ -28,7 +29,7 @@ from gateway.errors import AgentFailed, ContentPolicyViolation
 from gateway.events import Usage
 from sdk_adapter.models import GatewayModel
 from sdk_adapter.runner import PLACEHOLDER_MODEL, GatewayRunner
-from tests.unit.sdk_fakes import Reply, World, run_async
+from tests.unit.sdk_fakes import FakeTable, FakeUpstream, Reply, World, run_async
 
 judge = Agent(name="judge", instructions="You are the judge.")
 
@@ -99,6 +100,34 @@ def test_a_run_outside_of_any_request_uses_the_current_upstreams() -> None:
     assert result.final_output == "hi"
     assert result.last_agent is not judge
     assert world.table.asked == [(None, None, None)]
+
+
+def test_what_goes_on_after_its_request_uses_the_upstreams_of_then() -> None:
+    async def main() -> None:
+        world = World(Reply(calls=(("later", {}),)), "done")
+        finished = asyncio.Event()
+        tasks: list[asyncio.Task[Any]] = []
+
+        async def background() -> str:
+            await finished.wait()
+            return str((await Runner.run(judge, "q")).final_output)
+
+        @function_tool
+        async def later() -> str:
+            tasks.append(asyncio.create_task(background()))
+            return "started"
+
+        with world.installed():
+            answer = await world.ask(Agent(name="a", tools=[later]))
+            world.upstream, retired = FakeUpstream(), world.upstream
+            world.upstream.replies = [Reply("from the new one")]
+            world.table = FakeTable(world.upstream)
+            finished.set()
+            assert await tasks[0] == "from the new one"
+        assert answer.end.usage == Usage(20, 10, requests=2)
+        assert len(retired.bodies) == 2
+
+    run_async(main())
 
 
 def test_runs_inside_runs_end_at_a_depth() -> None:
