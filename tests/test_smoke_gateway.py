@@ -79,6 +79,19 @@ def test_it_answers_and_its_tool_is_really_called(client: OpenAI, gateway: Gatew
     assert tool_calls(gateway) == before + 1
 
 
+def test_the_readme_prints_the_answer_that_comes(gateway: Gateway, weather: str) -> None:
+    """Its program is run as it stands, at this gateway's address."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    program = re.search(r"```python\n(.*?)```", readme, re.DOTALL)
+    answer = re.search(r"```text\n(.*?)```", readme, re.DOTALL)
+    assert program is not None
+    assert answer is not None
+    source = program.group(1).replace("http://127.0.0.1:8000", gateway.url)
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == answer.group(1)
+
+
 def test_it_streams(client: OpenAI, weather: str) -> None:
     stream = client.chat.completions.create(
         model=weather,

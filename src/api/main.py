@@ -36,6 +36,11 @@ class GatewayApp:
         self._gateway: Gateway | None = None
         self._cold: asyncio.Future[Any] | None = None
 
+    @property
+    def gateway(self) -> Gateway | None:
+        """What the lifespan opened; None before it starts and after it ends."""
+        return self._gateway
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
         if scope["type"] == "http":

@@ -10,22 +10,21 @@ import logging
 import signal
 import socket
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from dataclasses import replace
 from types import FrameType
 from typing import Any
 
 import uvicorn
 
+from api.bootstrap import Gateway
 from api.main import create_app
 from gateway.config import Settings
 from gateway_cli.banner import render_banner
-from gateway_cli.client import get_json
-from gateway_cli.credentials import find_key
 from gateway_cli.errors import CliError
 from gateway_cli.settings import read_settings
 from gateway_cli.state import announce, find_running
 
-_POLL_S = 0.05
 _GRACE_S = 5
 _IN_USE = (errno.EADDRINUSE, getattr(errno, "WSAEADDRINUSE", errno.EADDRINUSE))
 _Message = MutableMapping[str, Any]
@@ -65,6 +64,13 @@ class _Startup:
     def __init__(self, settings: Settings) -> None:
         self._app = create_app(settings)
         self.refusal: str | None = None
+        self.complete = asyncio.Event()
+
+    @property
+    def gateway(self) -> Gateway:
+        """What start-up opened, once `complete` is set."""
+        assert self._app.gateway is not None
+        return self._app.gateway
 
     async def __call__(
         self,
@@ -76,13 +82,15 @@ class _Startup:
             await self._app(scope, receive, send)  # type: ignore[arg-type]
             return
 
-        async def note_refusal(message: _Message) -> None:
-            if message["type"] == "lifespan.startup.failed":
+        async def note(message: _Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                self.complete.set()
+            elif message["type"] == "lifespan.startup.failed":
                 self.refusal = message.get("message") or "The gateway did not start."
                 logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             await send(message)
 
-        await self._app(scope, receive, note_refusal)  # type: ignore[arg-type]
+        await self._app(scope, receive, note)  # type: ignore[arg-type]
 
 
 def _serve(settings: Settings, listener: socket.socket) -> int:
@@ -103,7 +111,7 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
     server = uvicorn.Server(config)
     try:
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-            runner.run(_run_server(server, settings, listener))
+            runner.run(_run_server(server, app, settings, listener))
     except SystemExit:  # uvicorn's word for a start-up that failed
         if app.refusal is None:
             raise
@@ -112,33 +120,24 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
     return 0
 
 
-async def _run_server(server: uvicorn.Server, settings: Settings, listener: socket.socket) -> None:
+async def _run_server(server: uvicorn.Server, app: _Startup, settings: Settings, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     url = f"http://{_address(host)}:{port}"
-    greeting = asyncio.create_task(_greet(server, settings, url))
+    greeting = asyncio.create_task(_greet(app, settings, url))
     try:
         with announce(settings, url):
             await server.serve(sockets=[listener])
     finally:
         greeting.cancel()
-        await asyncio.gather(greeting, return_exceptions=True)
+        with suppress(asyncio.CancelledError):
+            await greeting
 
 
-async def _greet(server: uvicorn.Server, settings: Settings, url: str) -> None:
+async def _greet(app: _Startup, settings: Settings, url: str) -> None:
     """Print the banner once the first load is through."""
-    while not server.started or (await _status(url, "/readyz")) != 200:  # noqa: ASYNC110 - asked over HTTP, as a user would
-        await asyncio.sleep(_POLL_S)
-    key = await asyncio.to_thread(find_key, settings, url)
-    status, answer = await asyncio.to_thread(get_json, url, "/v1/models", key)
-    models = [(item["id"], item.get("description") or "") for item in answer["data"]] if status == 200 else []
-    print(render_banner(settings, url, key, models), flush=True)
-
-
-async def _status(url: str, path: str) -> int | None:
-    try:
-        return (await asyncio.to_thread(get_json, url, path, None))[0]
-    except OSError:
-        return None
+    await app.complete.wait()
+    await app.gateway.loaded.wait()
+    print(render_banner(settings, url, app.gateway.holder.current), flush=True)
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import yaml
 
 from gateway.config import Settings, load_yaml
+from gateway.events import RunEvent
+from gateway.registry.entry import AgentEntry, AgentOptions, Diagnostic
+from gateway.registry.registry import Registry
 from gateway.security.config import SecurityConfig
+from gateway.security.keys import Keyring
+from gateway.snapshot import Snapshot
+from gateway.upstreams.config import load_upstreams
+from gateway.upstreams.table import open_upstreams
 from gateway_cli import offline
 from gateway_cli.banner import curl, python, render_banner
 from gateway_cli.main import main
@@ -211,16 +221,70 @@ def test_settings_survive_the_way_into_the_inspecting_process() -> None:
     assert msgspec.convert(received.settings, type=Settings, dec_hook=offline._to_path) == settings
 
 
+def banner(settings: Settings, *entries: AgentEntry) -> str:
+    async def render() -> str:
+        async with open_upstreams(load_upstreams(settings, {})) as upstreams:
+            snapshot = Snapshot(1, Registry.build(entries), upstreams.table, Keyring.load(settings))
+            return render_banner(settings, URL, snapshot)
+
+    return asyncio.run(render())
+
+
+def entry(name: str, **changes: Any) -> AgentEntry:
+    row = AgentEntry(
+        id=f"default/{name}",
+        namespace="default",
+        name=name,
+        display_name=name,
+        kind="sdk",
+        source="file",
+        created=0,
+        executor=NoExecutor(),
+        description=f"Says {name}.",
+    )
+    return replace(row, **changes)
+
+
+class NoExecutor:
+    def execute(self, run: Any) -> AsyncIterator[RunEvent]:
+        raise NotImplementedError
+
+
+URL = "http://127.0.0.1:8000"
+
+
 def test_the_banner_holds_what_can_be_pasted(home: Path) -> None:
-    settings = Settings(agent_path=home / "agents", agent_auto_reload=True)
-    text = render_banner(settings, "http://127.0.0.1:8000", "dev-secret", [("default/a", "Says a."), ("demo/demo", "")])
-    assert "default/a  Says a." in text
-    for line in (*curl("http://127.0.0.1:8000", "dev-secret", "default/a").splitlines(), "Watching agents"):
+    text = banner(Settings(agent_path=home / "agents", agent_auto_reload=True), entry("a"))
+    assert "  default/a  Says a.\n  demo/demo\n" in text
+    for line in (
+        *curl(URL, "dev-secret", "default/a").splitlines(),
+        "Watching agents",
+        "Key: dev-secret",
+        "demo model",
+    ):
         assert line in text
-    compile(python("http://127.0.0.1:8000", "dev-secret", "default/a"), "snippet", "exec")
+    compile(python(URL, "dev-secret", "default/a"), "snippet", "exec")
+
+
+def test_the_banner_names_what_is_broken_and_leaves_out_what_is_hidden(home: Path) -> None:
+    problem = Diagnostic(kind="import", code="syntax_error", message="No.", fix="Mend it.", file="Bad/agent.py", line=3)
+    text = banner(
+        Settings(agent_path=home / "agents"),
+        entry("bad", executor=None, status="error", diagnostics=(problem,)),
+        entry("hidden", options=AgentOptions(expose=False)),
+    )
+    assert "Broken\n  default/bad: Bad/agent.py:3: No. Mend it.\n" in text
+    assert "default/hidden" not in text
 
 
 def test_the_banner_without_agents_says_how_to_make_one(home: Path) -> None:
-    settings = Settings(agent_path=home / "agents")
-    assert "gateway new Hello" in render_banner(settings, "http://127.0.0.1:8000", "dev-secret", [])
-    assert "YOUR_KEY" in render_banner(replace(settings, api_key="x"), "http://127.0.0.1:8000", None, [])
+    assert "gateway new Hello" in banner(Settings(agent_path=home / "agents"))
+
+
+def test_the_banner_never_prints_a_key_of_the_operator(home: Path) -> None:
+    config = home / "config"
+    config.mkdir()
+    (config / "security.yaml").write_text("api_keys: []\n", encoding="utf-8")
+    text = banner(Settings(agent_path=home / "agents", api_key="sk-secret-of-mine"))
+    assert "sk-secret-of-mine" not in text
+    assert "Bearer YOUR_KEY" in text
