@@ -169,7 +169,8 @@ def _environment(home: Path, extra: Mapping[str, str]) -> dict[str, str]:
 
 def _serves(gateway: Gateway, path: str | None) -> bool:
     if gateway.process.poll() is not None:
-        raise StartFailed(gateway.log_text())
+        lines = [line for line in gateway.log_text().splitlines() if '"event":"http.request"' not in line]
+        raise StartFailed("\n".join([f"exit code {gateway.process.returncode}", *lines[-200:]]))
     try:
         if path is None:
             with socket.create_connection(("127.0.0.1", gateway.port), 1):
