@@ -101,6 +101,7 @@ class Preflight:
         self._places = asyncio.Semaphore(places or max(2, os.cpu_count() or 1))
         self._slow = asyncio.Semaphore(_MAX_SLOW)
         self._server: _Server | None = None
+        self._starting = asyncio.Lock()
         self._idle: asyncio.TimerHandle | None = None
         self._active = 0
         self._last_id = 0
@@ -170,10 +171,11 @@ class Preflight:
         raise PreflightUnavailable("The process that tries imports out ended unexpectedly, twice.")
 
     async def _running(self) -> _Server:
-        if self._server is None or not self._server.is_alive:
-            self._server = await _Server.start()
-            log_event(_LOG, "agent.preflight.started", level=logging.DEBUG, pid=self._server.pid)
-        return self._server
+        async with self._starting:  # checks that begin together share one server
+            if self._server is None or not self._server.is_alive:
+                self._server = await _Server.start()
+                log_event(_LOG, "agent.preflight.started", level=logging.DEBUG, pid=self._server.pid)
+            return self._server
 
     def _rest(self) -> None:
         if self._idle is not None:
@@ -204,7 +206,7 @@ class _Server:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
-                process = subprocess.Popen(
+                process = subprocess.Popen(  # noqa: ASYNC220 - returns at once; asyncio's own needs a watcher thread
                     [sys.executable, "-m", _SERVER, str(theirs.fileno())],
                     pass_fds=(theirs.fileno(),),
                     stdin=subprocess.DEVNULL,
