@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from watchfiles import Change, awatch
+from watchfiles import awatch
 
 from gateway.config import Settings
 from gateway.errors import GatewayError
@@ -22,6 +22,7 @@ _STEP_MS = 20
 _DEBOUNCE_MS = 200
 _RETRY_S = 1.0
 _NOISE = (".pyc", ".pyo", ".swp", ".swx", ".tmp", "~")
+_SKIPPED = frozenset({"__pycache__", "node_modules"})
 
 
 class Reloader:
@@ -72,12 +73,8 @@ class Reloader:
 
     async def _watch(self) -> None:
         """Watch one set of folders at a time; when the set has changed, watch the new one and look at everything."""
-        looked = True
         while True:
             deep, flat = self._folders()
-            if not looked:
-                self._start(self._catalogue.refresh())
-            looked = False
             stop = asyncio.Event()
             async with asyncio.TaskGroup() as group:
                 if deep:
@@ -85,17 +82,20 @@ class Reloader:
                 if flat:
                     group.create_task(self._follow(flat, stop, recursive=False))
                 group.create_task(self._notice_new_folders(deep, flat, stop))
+                self._start(self._catalogue.refresh())  # what changed before the watch stood
 
     async def _notice_new_folders(self, deep: Collection[Path], flat: Collection[Path], stop: asyncio.Event) -> None:
         """Set ``stop`` when other folders have to be watched: a root appeared, a helper elsewhere was imported."""
-        while self._folders() == (deep, flat):
-            await asyncio.sleep(_RETRY_S)
-        stop.set()
+        while not stop.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), _RETRY_S)
+            if self._folders() != (deep, flat):
+                stop.set()
 
     async def _follow(self, folders: Collection[Path], stop: asyncio.Event, *, recursive: bool) -> None:
         async for changes in awatch(
             *folders,
-            watch_filter=_is_interesting,
+            watch_filter=lambda change, path: _is_interesting(path, folders),
             debounce=_DEBOUNCE_MS,
             step=_STEP_MS,
             stop_event=stop,
@@ -148,9 +148,13 @@ class Reloader:
         task.add_done_callback(self._tasks.discard)
 
 
-def _is_interesting(change: Change, path: str) -> bool:
-    """Whether a change may matter: not caches, not an editor's or a tool's own files."""
-    parts = path.split(os.sep)
-    if parts[-1].endswith(_NOISE) or "__pycache__" in parts or "node_modules" in parts:
+def _is_interesting(path: str, folders: Collection[Path]) -> bool:
+    """Whether a change may matter: not caches, not an editor's or a tool's own files.
+
+    Names that begin with ``..`` count: a mounted ConfigMap changes by swapping ``..data``.
+    """
+    if path.endswith(_NOISE):
         return False
-    return not (parts[-1].startswith(".") and not parts[-1].startswith(".."))
+    root = next((folder for folder in folders if path.startswith(f"{folder}{os.sep}")), None)
+    parts = path.removeprefix(str(root)).split(os.sep)
+    return not any(p in _SKIPPED or (p.startswith(".") and not p.startswith("..")) for p in parts)

@@ -1,4 +1,4 @@
-"""From a drop-in to its agents: import, find the exports, call the factories. The pre-flight and the server share it."""
+"""From a drop-in to its agents: import, find the exports, call the factories. Pre-flight and server share it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def build(
     """
     generation = Generation(dropin, number, finder, policy, expected)
     try:
-        return await _build(generation, names, timeout_s, judge_first=expected is None)
+        return await _build(generation, names, policy if expected is None else None, timeout_s)
     except BaseException as error:
         generation.release()
         if isinstance(error, LoadFailed):
@@ -61,21 +61,23 @@ async def build(
         raise
 
 
-async def _build(generation: Generation, names: tuple[str, ...], timeout_s: float, *, judge_first: bool) -> Built:
+async def _build(
+    generation: Generation, names: tuple[str, ...], judge_by: ModulePolicy | None, timeout_s: float
+) -> Built:
     dropin = generation.dropin
     threads: list[int] = []
 
     def work() -> tuple[list[tuple[Export, Any]], AgentOptions, tuple[Diagnostic, ...]]:
         threads.append(threading.get_ident())
-        if judge_first:
-            _judge(generation)
+        if judge_by is not None:
+            check_policy(generation, judge_by)
         module = _import(generation)
         try:
             exports = find_exports(module, dropin, names)
             options, warnings = read_options(module, dropin)
         except LoadFailed:
             raise
-        except BaseException as error:  # noqa: BLE001 - the author's objects are asked about themselves
+        except BaseException as error:
             raise LoadFailed(explain(error, dropin, generation)) from error
         return [(export, _make(export, generation)) for export in exports], options, warnings
 
@@ -146,8 +148,9 @@ def _standing(threads: list[int], generation: Generation) -> tuple[str | None, i
     return None, None
 
 
-def _judge(generation: Generation) -> None:
-    found = generation.judge()
+def check_policy(generation: Generation, policy: ModulePolicy) -> None:
+    """Judge a drop-in and the files it reaches by source alone; raise `LoadFailed`."""
+    found = generation.judge(policy)
     if found is not None:
         raise LoadFailed(explain(ModuleBlocked(*found), generation.dropin, generation))
 
@@ -157,7 +160,7 @@ def _import(generation: Generation) -> ModuleType:
         return generation.import_entry()
     except SourceChanged:
         raise
-    except BaseException as error:  # noqa: BLE001 - the border to a stranger's code: sys.exit and worse included
+    except BaseException as error:
         raise LoadFailed(explain(error, generation.dropin, generation)) from error
 
 
@@ -168,7 +171,7 @@ def _make(export: Export, generation: Generation) -> Any:
         return call_factory(export, generation.dropin)
     except LoadFailed:
         raise
-    except BaseException as error:  # noqa: BLE001 - a factory is a stranger's code
+    except BaseException as error:
         what = f"factory '{export.attribute}'"
         raise LoadFailed(explain(error, generation.dropin, generation, what=what)) from error
 
@@ -183,7 +186,7 @@ async def _finish(value: Any, export: Export, generation: Generation, timeout_s:
         raise LoadFailed(timed_out(generation.dropin, timeout_s)) from error
     except asyncio.CancelledError:
         raise
-    except BaseException as error:  # noqa: BLE001 - a factory is a stranger's code
+    except BaseException as error:
         what = f"factory '{export.attribute}'"
         raise LoadFailed(explain(error, generation.dropin, generation, what=what)) from error
 

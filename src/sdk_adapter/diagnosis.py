@@ -92,16 +92,15 @@ def explain(error: BaseException, dropin: DropIn, generation: Generation, *, wha
         return diagnose(dropin, error.code, error.message, error.fix, kind=kind, file=label(error.file, dropin))
     if isinstance(error, SyntaxError) and (error.filename is None or generation.owns(error.filename)):
         return _explain_syntax(error, dropin)
-    if isinstance(error, UnicodeDecodeError) or (isinstance(error, ValueError) and "null bytes" in str(error)):
-        if line is None:
-            return diagnose(
-                dropin,
-                "undecodable",
-                f"The file is not Python source text: {error}.",
-                "Save it as UTF-8 text.",
-                kind="import",
-                file=file,
-            )
+    if line is None and isinstance(error, ValueError) and "null bytes" in str(error):
+        return diagnose(
+            dropin,
+            "undecodable",
+            f"The file is not Python source text: {error}.",
+            "Save it as UTF-8 text.",
+            kind="import",
+            file=file,
+        )
     if isinstance(error, ModuleNotFoundError) and error.name:
         return _explain_missing(error, error.name, dropin, generation, file, line)
     if isinstance(error, SystemExit | KeyboardInterrupt):

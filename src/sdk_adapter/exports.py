@@ -100,6 +100,7 @@ def read_options(module: ModuleType, dropin: DropIn) -> tuple[AgentOptions, tupl
 def convert_options(values: Mapping[str, Any], dropin: DropIn, line_of: Callable[[str], int | None]) -> AgentOptions:
     """Check the types and ranges of options; raise `LoadFailed` naming the key."""
     for name, value in values.items():
+        problem: str | None
         try:
             msgspec.convert({name: value}, type=AgentOptions)
         except msgspec.ValidationError as error:
@@ -200,9 +201,7 @@ class Outline:
 
     def started_names(self) -> set[str]:
         """Return the names used by what the file itself does under ``if __name__ == "__main__"``."""
-        functions = {
-            n.name: n for n in self._statements() if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
-        }
+        functions = {n.name: n for n in self._statements() if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
         names: set[str] = set()
         for node in self._statements():
             if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test):
@@ -248,10 +247,10 @@ def _explicit(
         raise LoadFailed(diagnose(dropin, "no_export", f"__agents__ {what}; it must list agents.", fix, line=line))
     exports = []
     for name, value in pairs:
-        found = _named(module, dropin, value, outline) if isinstance(value, str) else Export(name, value)
-        if not isinstance(found.value, Agent) and not _is_function(found.value):
-            raise LoadFailed(_wrong_type(found.value, name, dropin, outline))
-        exports.append(replace(found, attribute=found.attribute if isinstance(value, str) else name, suffix=name))
+        export = _named(module, dropin, value, outline) if isinstance(value, str) else Export(name, value)
+        if not isinstance(export.value, Agent) and not _is_function(export.value):
+            raise LoadFailed(_wrong_type(export.value, name, dropin, outline))
+        exports.append(replace(export, suffix=name))
     order = {name: index for index, name in enumerate((dropin.slug, *names))}
     first = min(exports, key=lambda export: order.get(str(export.suffix), len(order)))
     return (replace(first, suffix=None), *(export for export in exports if export is not first))
@@ -427,4 +426,3 @@ def _bound_names(node: ast.stmt) -> Iterable[str]:
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [node.name]
     return ()
-

@@ -6,10 +6,10 @@ import asyncio
 import importlib
 import logging
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Protocol, Self, cast
 
 from gateway.config import Settings
 from gateway.observability.logs import log_event
@@ -21,12 +21,19 @@ from sdk_adapter.modules import DropInFinder, SourceChanged, collect_garbage, fr
 from sdk_adapter.preflight import CheckReport, Preflight, PreflightUnavailable
 from sdk_adapter.services import AdapterServices
 
-if TYPE_CHECKING:
-    from sdk_adapter import publishing
-
 _LOG = logging.getLogger(__name__)
 _COLLECT_AFTER_S = 0.5
 _ATTEMPTS = 5
+
+
+class _Publishing(Protocol):
+    """The module `sdk_adapter.publishing`, which is imported late."""
+
+    def install(self, services: AdapterServices, /) -> AbstractContextManager[None]: ...
+
+    async def publish_dropin(self, *arguments: Any, **options: Any) -> LoadedGeneration: ...
+
+    async def publish_declared(self, *arguments: Any) -> LoadedGeneration: ...
 
 
 class SdkLoader:
@@ -51,7 +58,7 @@ class SdkLoader:
         self._preflight = preflight or Preflight()
         self._finder = DropInFinder()
         self._stack = ExitStack()
-        self._sdk: asyncio.Task[Any] | None = None
+        self._sdk: asyncio.Task[_Publishing] | None = None
         self._imports = asyncio.Semaphore(2)
         self._collect_timer: asyncio.TimerHandle | None = None
 
@@ -116,7 +123,7 @@ class SdkLoader:
                         generation,
                         self._finder,
                         self._services,
-                        policy=self.policy,
+                        policy=lambda: self.policy,
                         expected=report.hashes,
                         warnings=report.diagnostics,
                         on_release=self._collect_soon,
@@ -124,10 +131,9 @@ class SdkLoader:
                     )
             except SourceChanged:
                 continue
+        message = "The files kept changing while they were loaded."
         fix = "Save it once more when the other changes are done."
-        raise LoadFailed(
-            diagnose(dropin, "changed_while_loading", "The files kept changing while they were loaded.", fix, kind="import")
-        )
+        raise LoadFailed(diagnose(dropin, "changed_while_loading", message, fix, kind="import"))
 
     async def _check_requirements(self, dropin: DropIn) -> None:
         if dropin.module is not None or dropin.is_single_file:
@@ -137,24 +143,23 @@ class SdkLoader:
         if problems:
             raise LoadFailed(*(replace(item, occurred_at=time.time()) for item in problems))
 
-    def _start_publishing(self) -> asyncio.Task[Any]:
+    def _start_publishing(self) -> asyncio.Task[_Publishing]:
         if self._sdk is None:
             self._sdk = asyncio.create_task(self._import_sdk(), name="import of the Agents SDK")
         return self._sdk
 
-    async def _publishing(self) -> publishing:  # type: ignore[valid-type]
+    async def _publishing(self) -> _Publishing:
         return await asyncio.shield(self._start_publishing())
 
-    async def _import_sdk(self) -> Any:
-        """Import what needs the SDK, in a thread: the SDK takes more than a second, and is not needed without agents."""
+    async def _import_sdk(self) -> _Publishing:
+        """Import what needs the SDK, in a thread: it takes more than a second, and is not needed without agents."""
         started = time.perf_counter()
         await self._preflight.start()
-        module = await asyncio.to_thread(importlib.import_module, "sdk_adapter.publishing")
-        runner = importlib.import_module("sdk_adapter.runner")
-        self._stack.enter_context(runner.install(self._services))
+        publishing = cast("_Publishing", await asyncio.to_thread(importlib.import_module, "sdk_adapter.publishing"))
+        self._stack.enter_context(publishing.install(self._services))
         freeze_garbage()
         log_event(_LOG, "agent.sdk.imported", ms=round((time.perf_counter() - started) * 1000))
-        return module
+        return publishing
 
     def _collect_soon(self) -> None:
         """Collect what released generations leave behind, once for many."""

@@ -103,7 +103,7 @@ class Generation:
         self.files: dict[Path, str] = {}
         self.shadowed: dict[str, str] = {}
         self._finder = finder
-        self._policy = policy
+        self.policy = policy
         self._expected = expected
         self._outside: dict[str, ModuleSpec] = {}
         self._private: dict[str, str | None] = {}
@@ -127,12 +127,12 @@ class Generation:
         finally:
             _drop_repeated(before)
 
-    def judge(self) -> tuple[Path, Violation] | None:
+    def judge(self, policy: ModulePolicy) -> tuple[Path, Violation] | None:
         """Judge the drop-in and every file it can reach by a static import; runs nothing.
 
         Files that do not parse are left to the import, which says so with line and cause.
         """
-        named = self._policy.judge_name(self.dropin.namespace, name_spellings(self.dropin))
+        named = policy.judge_name(self.dropin.namespace, name_spellings(self.dropin))
         if named is not None:
             return self.dropin.file, named
         queue, seen = [self.dropin.file], {self.dropin.file}
@@ -147,7 +147,7 @@ class Generation:
                 tree = ast.parse(self._read(path))
             except (SyntaxError, ValueError, RecursionError, MemoryError, OSError, ImportError):
                 continue
-            violation = self._policy.judge_source(self.dropin.namespace, tree)
+            violation = policy.judge_source(self.dropin.namespace, tree)
             if violation is not None:
                 return path, violation
             for target in self._targets(path, tree):
@@ -194,8 +194,8 @@ class Generation:
     def _import(
         self,
         name: str,
-        globals: Mapping[str, object] | None = None,  # noqa: A002 - the signature of builtins.__import__
-        locals: Mapping[str, object] | None = None,  # noqa: A002
+        globals: Mapping[str, object] | None = None,
+        locals: Mapping[str, object] | None = None,
         fromlist: Sequence[str] | None = (),
         level: int = 0,
     ) -> ModuleType:
@@ -332,7 +332,7 @@ class Generation:
         data = self._read(path)
         expected = None if self._expected is None else self._expected.get(path)
         if expected is None:
-            violation = self._policy.judge_source(self.dropin.namespace, ast.parse(data, str(path)))
+            violation = self.policy.judge_source(self.dropin.namespace, ast.parse(data, str(path)))
             if violation is not None:
                 raise ModuleBlocked(path, violation)
         elif expected != self.files[path]:

@@ -15,6 +15,7 @@ import selectors
 import signal
 import socket
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -70,12 +71,29 @@ async def check(request: CheckRequest) -> CheckReport:
                 policy=request.policy,
                 timeout_s=request.timeout_s,
             )
-            diagnostics, files = built.warnings, built.generation.files
+            diagnostics, files = (*built.warnings, *_threads_left(request.dropin)), built.generation.files
         except LoadFailed as failed:
             diagnostics, files = failed.diagnostics, dict(failed.files)
         except SourceChanged:
             diagnostics, files = (), {}
     return CheckReport(request.id, diagnostics, {str(p): h for p, h in {**opened.hashes(), **files}.items()})
+
+
+def _threads_left(dropin: DropIn) -> tuple[Diagnostic, ...]:
+    """Refuse an import that leaves threads which Python waits for at the end: the gateway could not stop."""
+    waiting = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
+    left = [thread for thread in waiting if not thread.name.startswith("ThreadPoolExecutor-")]
+    if not left:
+        return ()
+    return (
+        diagnose(
+            dropin,
+            "threads_left",
+            f"The import left {len(left)} running threads that are not daemons; the gateway could never stop.",
+            "Start them with threading.Thread(..., daemon=True).",
+            kind="import",
+        ),
+    )
 
 
 class _Opened:
@@ -89,8 +107,8 @@ class _Opened:
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event != "open" or not isinstance(arguments[0], str | os.PathLike):
             return
-        path = os.path.abspath(os.fspath(arguments[0]))
-        if isinstance(path, str) and path.startswith(self._folder) and Path(path).suffix.lower() in _DATA_SUFFIXES:
+        path = os.path.abspath(os.fsdecode(arguments[0]))
+        if path.startswith(self._folder) and Path(path).suffix.lower() in _DATA_SUFFIXES:
             writes = isinstance(arguments[1], str) and any(letter in arguments[1] for letter in "wax+")
             (self._written if writes else self._read).add(path)
 

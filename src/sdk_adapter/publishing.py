@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,17 @@ from gateway.registry.loading import Declaration, DropIn, LoadedGeneration, Load
 from gateway.registry.policy import ModulePolicy
 from gateway.registry.registry import slugify
 from gateway.upstreams.table import ModelBinding, UnknownModel, UnknownUpstream, UpstreamTable
-from sdk_adapter.building import Built, build
+from sdk_adapter.building import Built, build, check_policy
 from sdk_adapter.declarative import build_declared
 from sdk_adapter.diagnosis import diagnose
 from sdk_adapter.executor import PreparedAgent, prepare_agent
 from sdk_adapter.exports import Export, Outline
 from sdk_adapter.modules import DropInFinder
+from sdk_adapter.runner import install
 from sdk_adapter.services import AdapterServices
+
+__all__ = ["install", "publish_declared", "publish_dropin"]
+
 
 @dataclass(frozen=True, slots=True)
 class Published:
@@ -41,7 +45,7 @@ async def publish_dropin(
     finder: DropInFinder,
     services: AdapterServices,
     *,
-    policy: ModulePolicy,
+    policy: Callable[[], ModulePolicy],
     expected: Mapping[Path, str],
     warnings: tuple[Diagnostic, ...],
     on_release: Callable[[], None],
@@ -54,7 +58,7 @@ async def publish_dropin(
         number,
         finder,
         names=settings.agent_exports,
-        policy=policy,
+        policy=policy(),
         timeout_s=settings.agent_import_timeout_s,
         expected=expected,
     )
@@ -73,7 +77,17 @@ async def publish_dropin(
             opened.append(await _publish(_named(export, agent, dropin, built, declaration), dropin, services))
         files = {**expected, **built.generation.files}
         found = (*warnings, *(item for item in built.warnings if item.code not in {w.code for w in warnings}))
-        describe = _describer(tuple(opened), dropin, number, services, found, declaration)
+        rows = _describer(tuple(opened), dropin, number, services, found, declaration)
+        judged = built.generation.policy
+
+        def describe() -> Sequence[AgentEntry]:
+            nonlocal judged
+            current = policy()
+            if current != judged:
+                check_policy(built.generation, current)
+                judged = current
+            return rows()
+
         describe()
     except BaseException as error:
         await release()
@@ -129,7 +143,7 @@ async def _publish(named: _Named, dropin: DropIn, services: AdapterServices) -> 
     try:
         prepared = prepare_agent(named.agent, agent_id=named.id, options=named.options, services=services)
         await prepared.executor.open()
-    except Exception as error:  # noqa: BLE001 - the author's objects are walked and changed
+    except Exception as error:
         raise LoadFailed(
             diagnose(
                 dropin,
@@ -178,7 +192,8 @@ def _row(
     declaration: Declaration | None,
 ) -> AgentEntry:
     namespace = item.id.partition("/")[0]
-    binding = None if item.agent.name in item.prepared.brings_own_model else _bind(item, item.agent.model, table, services)
+    has_own = item.agent.name in item.prepared.brings_own_model
+    binding = None if has_own else _bind(item, item.agent.model, table, services)
     row = AgentEntry(
         id=item.id,
         namespace=namespace,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
 import logging
 import re
@@ -11,7 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -21,10 +20,11 @@ from gateway.errors import ConfigError
 from gateway.observability.logs import log_event
 from gateway.observability.metrics import Metrics
 from gateway.registry.declarations import DeclaredDefaults, load_declarations
-from gateway.registry.discovery import discover, hash_file, list_sources
+from gateway.registry.discovery import discover
 from gateway.registry.entry import AgentEntry, Diagnostic
 from gateway.registry.loading import AgentLoader, Declaration, DropIn, LoadedGeneration, LoadFailed
 from gateway.registry.registry import Registry
+from gateway.registry.slots import Slot, Source, content_hash, hash_source, is_concerned
 
 _LOG = logging.getLogger(__name__)
 _KEPT_ERRORS = 200
@@ -67,12 +67,13 @@ class AgentCatalogue:
         self._roots = tuple(roots)
         self._publish = publish
         self._metrics = metrics
-        self._slots: dict[str, _Slot] = {}
+        self._slots: dict[str, Slot] = {}
         self._file_problem: Diagnostic | None = None
         self._declared: tuple[tuple[Declaration, ...], DeclaredDefaults] = ((), DeclaredDefaults())
         self._registry = Registry()
         self._errors: deque[Diagnostic] = deque(maxlen=_KEPT_ERRORS)
         self._rejections: frozenset[str] = frozenset()
+        self._tracked: frozenset[Path] | None = None
         self._numbers = itertools.count(1)
         self._lock = asyncio.Lock()
         self._queued: _Request | None = None
@@ -116,8 +117,10 @@ class AgentCatalogue:
 
     def tracked_files(self) -> frozenset[Path]:
         """Return the files outside the roots that loaded code came from: whoever watches must watch them, too."""
-        files = (path for slot in self._slots.values() for path in slot.hashes)
-        return frozenset(path for path in files if not any(path.is_relative_to(root) for root in self._roots))
+        if self._tracked is None:
+            files = {path for slot in self._slots.values() for path in slot.hashes if path.is_absolute()}
+            self._tracked = frozenset(p for p in files if not any(map(p.is_relative_to, self._roots)))
+        return self._tracked
 
     async def refresh(self, *, force: bool = False, paths: Collection[Path] | None = None) -> RefreshReport:
         """Look for changes by content, load them, and return when that is done.
@@ -137,10 +140,11 @@ class AgentCatalogue:
         return await asyncio.shield(request.task)
 
     async def recheck(self) -> None:
-        """Judge every agent again by the current upstreams, without importing anything that is loaded."""
-        for slot in self._slots.values():
-            if slot.loaded is not None:
-                self._describe(slot)
+        """Judge every agent again by the current upstreams and module policy, importing nothing that is loaded."""
+        async with self._lock:
+            for slot in list(self._slots.values()):
+                if slot.loaded is not None:
+                    self._take(slot, slot.loaded, await asyncio.to_thread(_described, slot.loaded))
         self._publish_now()
         await self.refresh(force=True)
 
@@ -174,7 +178,10 @@ class AgentCatalogue:
         return report
 
     async def _plan(self, request: _Request) -> _Plan:
-        known = {key: _Known(slot.hashes, slot.wants_retry(request)) for key, slot in self._slots.items()}
+        known = {
+            key: _Known(slot.hashes, slot.wants_retry(force=request.force, paths=request.paths or ()))
+            for key, slot in self._slots.items()
+        }
         plan = await asyncio.to_thread(self._scan, known, request.paths)
         if request.paths is not None and any(key not in plan.sources for key in known):
             # An editor may move the old file away before it writes the new one: look twice before letting go.
@@ -184,7 +191,7 @@ class AgentCatalogue:
 
     def _scan(self, known: Mapping[str, _Known], paths: Collection[Path] | None) -> _Plan:
         """Walk and hash (in a thread): every source there is, and those that are new or not what was loaded."""
-        sources: dict[str, _Source] = {}
+        sources: dict[str, Source] = {}
         problem: Diagnostic | None = None
         try:
             self._declared = load_declarations(self._settings)
@@ -192,22 +199,28 @@ class AgentCatalogue:
             problem = _file_diagnostic(error)
         declarations, defaults = self._declared
         for declaration in declarations:
-            sources[f"yaml:{declaration.id}"] = _Source(declaration)
+            sources[f"yaml:{declaration.id}"] = Source(declaration)
         for found in discover(self._roots, self._namespace):
             dropin = replace(found.dropin, default_upstream=defaults.upstream, default_model=defaults.model)
-            sources[f"file:{dropin.file}"] = _Source(dropin, found.problem)
+            sources[f"file:{dropin.file}"] = Source(dropin, found.problem)
         changed = []
         for key, source in sources.items():
             before = known.get(key)
-            if before is not None and not before.retry and paths is not None and not _concerns(source, before, paths):
+            if (
+                before is not None
+                and not before.retry
+                and paths is not None
+                and not is_concerned(source, before.hashes, paths)
+            ):
                 continue
-            hashes = _hashes(source, before.hashes if before is not None else {})
+            hashes = hash_source(source, before.hashes if before is not None else {})
             if before is None or before.retry or hashes != before.hashes:
                 changed.append((key, source, hashes))
         return _Plan(sources, changed, problem)
 
     def _remove(self, plan: _Plan) -> tuple[str, ...]:
-        if plan.problem is not None and (self._file_problem is None or self._file_problem.message != plan.problem.message):
+        known = self._file_problem.message if self._file_problem is not None else None
+        if plan.problem is not None and plan.problem.message != known:
             self._report(plan.problem, "agent.config.failed")
         self._file_problem = plan.problem
         removed: list[str] = []
@@ -222,10 +235,10 @@ class AgentCatalogue:
             log_event(_LOG, "agent.dropin.removed", agents=ids, file=slot.source.label)
         return tuple(removed)
 
-    def _start(self, key: str, source: _Source, hashes: dict[Path, str]) -> asyncio.Task[None] | None:
+    def _start(self, key: str, source: Source, hashes: dict[Path, str]) -> asyncio.Task[None] | None:
         slot = self._slots.get(key)
         if slot is None:
-            slot = self._slots[key] = _Slot(source.value)
+            slot = self._slots[key] = Slot(source.value)
         elif slot.task is not None:
             slot.task.cancel()
         slot.source, slot.hashes = source.value, hashes
@@ -236,7 +249,7 @@ class AgentCatalogue:
         slot.task = self._background(self._load(slot, hashes))
         return slot.task
 
-    async def _load(self, slot: _Slot, hashes: dict[Path, str]) -> None:
+    async def _load(self, slot: Slot, hashes: dict[Path, str]) -> None:
         """Load one drop-in and put it in its slot, unless a newer load has taken over meanwhile."""
         me = asyncio.current_task()
         source, number, started = slot.source, next(self._numbers), time.perf_counter()
@@ -259,10 +272,16 @@ class AgentCatalogue:
                 return
             old, slot.loaded = slot.loaded, loaded
             slot.hashes = {**hashes, **loaded.files}
-            if self._describe(slot):
-                milliseconds = round((time.perf_counter() - started) * 1000, 1)
-                ids = [entry.id for entry in slot.entries]
-                log_event(_LOG, "agent.dropin.loaded", agents=ids, file=source.label, generation=number, ms=milliseconds)
+            slot.problems = ()
+            if self._take(slot, loaded, _described(loaded)):
+                log_event(
+                    _LOG,
+                    "agent.dropin.loaded",
+                    agents=[entry.id for entry in slot.entries],
+                    file=source.label,
+                    generation=number,
+                    ms=round((time.perf_counter() - started) * 1000, 1),
+                )
             self._publish_soon()
             if old is not None:
                 self._background(self._release(old))
@@ -270,21 +289,19 @@ class AgentCatalogue:
             if slot.task is me:
                 slot.task = None
 
-    def _describe(self, slot: _Slot) -> bool:
-        """Take over the rows of a slot's generation; False if the current upstreams cannot serve it."""
-        assert slot.loaded is not None
-        try:
-            entries = tuple(slot.loaded.describe())
-        except LoadFailed as failed:
-            slot.entries = ()
-            self._fail(slot, failed.diagnostics)
+    def _take(self, slot: Slot, loaded: LoadedGeneration, result: tuple[AgentEntry, ...] | LoadFailed) -> bool:
+        """Take over what a slot's generation says of itself; False if it cannot serve as things are now."""
+        if slot.loaded is not loaded:
             return False
-        digest = _digest(slot.hashes)
-        slot.entries = tuple(replace(entry, content_hash=digest) for entry in entries)
-        slot.problems = ()
+        if isinstance(result, LoadFailed):
+            slot.entries = ()
+            self._fail(slot, result.diagnostics)
+            return False
+        digest = content_hash(slot.hashes)
+        slot.entries = tuple(replace(entry, content_hash=digest) for entry in result)
         return True
 
-    def _fail(self, slot: _Slot, diagnostics: Iterable[Diagnostic]) -> None:
+    def _fail(self, slot: Slot, diagnostics: Iterable[Diagnostic]) -> None:
         slot.problems = tuple(diagnostics)
         for item in slot.problems:
             if item.severity == "error":
@@ -292,7 +309,7 @@ class AgentCatalogue:
                 self._report(item, event, agent_id=slot.source.id, serving=bool(slot.entries))
         self._publish_soon()
 
-    def _report(self, item: Diagnostic, event: str, **fields: object) -> None:
+    def _report(self, item: Diagnostic, event: str, **fields: Any) -> None:
         """Remember a failure, log it, count it."""
         self._errors.appendleft(item)
         log_event(
@@ -336,6 +353,7 @@ class AgentCatalogue:
             self._publish_timer = None
         if self._closing:
             return
+        self._tracked = None
         self._published_at = asyncio.get_running_loop().time()
         registry = Registry.build(self._rows())
         self._report_rejections(registry)
@@ -358,7 +376,8 @@ class AgentCatalogue:
         seen = {f"{entry.id} {entry.file}": entry for entry in registry.rejected}
         for key, entry in seen.items():
             if key not in self._rejections:
-                self._report(replace(entry.diagnostics[0], occurred_at=time.time()), "agent.dropin.failed", agent_id=entry.id)
+                problem = replace(entry.diagnostics[0], occurred_at=time.time())
+                self._report(problem, "agent.dropin.failed", agent_id=entry.id)
         self._rejections = frozenset(seen)
 
     def _background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
@@ -366,14 +385,6 @@ class AgentCatalogue:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A drop-in or declaration as found, with what already speaks against loading it."""
-
-    value: DropIn | Declaration
-    problem: Diagnostic | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,8 +399,8 @@ class _Known:
 class _Plan:
     """Every source there is, and the changed ones with the hashes of their files."""
 
-    sources: dict[str, _Source]
-    changed: list[tuple[str, _Source, dict[Path, str]]]
+    sources: dict[str, Source]
+    changed: list[tuple[str, Source, dict[Path, str]]]
     problem: Diagnostic | None
 
 
@@ -400,94 +411,6 @@ class _Request:
     force: bool
     paths: set[Path] | None
     task: asyncio.Task[RefreshReport] | None = None
-
-
-@dataclass(eq=False, slots=True)
-class _Slot:
-    """One source over time: its serving generation, its last failure, and the content either was made from."""
-
-    source: DropIn | Declaration
-    hashes: dict[Path, str] = field(default_factory=dict)
-    loaded: LoadedGeneration | None = None
-    entries: tuple[AgentEntry, ...] = ()
-    problems: tuple[Diagnostic, ...] = ()
-    task: asyncio.Task[None] | None = None
-
-    def rank(self) -> int:
-        """Who is served when two want one id."""
-        if isinstance(self.source, Declaration):
-            return 0
-        return 1 if self.entries else 2
-
-    def rows(self) -> Iterable[AgentEntry]:
-        """Return the rows of the registry: ready, stale, or one error."""
-        if self.entries and self.problems:
-            return [replace(e, status="stale", diagnostics=(*self.problems, *e.diagnostics)) for e in self.entries]
-        if self.entries or not self.problems:
-            return self.entries
-        return (_error_row(self.source, self.problems),)
-
-    def wants_retry(self, request: _Request) -> bool:
-        """Whether a failed load may go better now although its files are the same."""
-        if not self.problems or self.task is not None:
-            return False
-        missing = {item.module.partition(".")[0] for item in self.problems if item.module and item.code in _MISSING}
-        return request.force or any(not missing.isdisjoint((*path.parts, path.stem)) for path in request.paths or ())
-
-
-_MISSING = ("missing_module", "missing_package")
-
-
-def _hashes(source: _Source, before: Mapping[Path, str]) -> dict[Path, str]:
-    """Hash the content that a source is made of; keys without a folder stand for what is not a file."""
-    value = source.value
-    if isinstance(value, Declaration):
-        same = replace(value, line=0, created=0)
-        hashes = {Path(f"#{value.id}"): hashlib.sha256(repr(same).encode()).hexdigest()}
-        dropin = value.dropin
-    else:
-        hashes = {Path(f"#{value.id}"): f"{value.default_upstream} {value.default_model}"}
-        dropin = value
-    if source.problem is not None:
-        return {**hashes, Path("#problem"): source.problem.code}
-    if dropin is not None:
-        files = {*list_sources(dropin), *(path for path in before if path.is_absolute())}
-        hashes.update((path, hash_file(path)) for path in files)
-    return hashes
-
-
-def _concerns(source: _Source, before: _Known, paths: Collection[Path]) -> bool:
-    """Whether a change of one of ``paths`` may be a change of the source."""
-    value = source.value
-    if isinstance(value, Declaration) or (Path(f"#{value.id}") not in before.hashes):
-        return True
-    identity = f"{value.default_upstream} {value.default_model}"
-    if before.hashes[Path(f"#{value.id}")] != identity or (Path("#problem") in before.hashes) != bool(source.problem):
-        return True
-    return any(path in before.hashes or path.is_relative_to(value.folder) for path in paths)
-
-
-def _digest(hashes: Mapping[Path, str]) -> str:
-    """Return one hash over a generation's files."""
-    text = "\n".join(f"{path} {digest}" for path, digest in sorted(hashes.items()))
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
-
-
-def _error_row(source: DropIn | Declaration, problems: tuple[Diagnostic, ...]) -> AgentEntry:
-    is_yaml = isinstance(source, Declaration)
-    return AgentEntry(
-        id=source.id,
-        namespace=source.namespace,
-        name=source.slug,
-        display_name=source.name if isinstance(source, Declaration) else source.slug,
-        kind="declarative" if isinstance(source, Declaration) and source.dropin is None else "sdk",
-        source="yaml" if is_yaml else "file",
-        created=source.created if isinstance(source, Declaration) else _modified(source.file),
-        executor=None,
-        status="error",
-        file=source.label,
-        diagnostics=problems,
-    )
 
 
 def _file_row(problem: Diagnostic, namespace: str) -> AgentEntry:
@@ -532,8 +455,8 @@ def _internal(source: DropIn | Declaration, error: Exception) -> Diagnostic:
     )
 
 
-def _modified(path: Path) -> int:
+def _described(loaded: LoadedGeneration) -> tuple[AgentEntry, ...] | LoadFailed:
     try:
-        return int(path.stat().st_mtime)
-    except OSError:
-        return 0
+        return tuple(loaded.describe())
+    except LoadFailed as failed:
+        return failed

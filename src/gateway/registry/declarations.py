@@ -49,7 +49,7 @@ class DeclaredMetadata(Struct, frozen=True, kw_only=True):
 
 
 class DeclaredAgent(Struct, frozen=True, kw_only=True):
-    """One agent. ``kind: declarative`` needs ``instructions``; ``kind: sdk`` needs ``module`` (``pkg.mod:attribute``)."""
+    """One agent: kind ``declarative`` needs ``instructions``, kind ``sdk`` needs ``module`` (``pkg.mod:attribute``)."""
 
     name: Name
     namespace: Name | None = None

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from gateway.registry.entry import AgentEntry, AgentOptions, Diagnostic
+
 
 @dataclass(frozen=True, slots=True)
 class DropIn:
@@ -40,6 +41,7 @@ class DropIn:
     def is_single_file(self) -> bool:
         """Whether the drop-in is a file directly in the root instead of a folder."""
         return self.module is None and self.folder == self.root
+
 
 @dataclass(frozen=True, slots=True)
 class Declaration:
@@ -78,6 +80,7 @@ class LoadedGeneration:
     files: Mapping[Path, str] = field(default_factory=dict)
     diagnostics: tuple[Diagnostic, ...] = ()
 
+
 class LoadFailed(Exception):
     """A drop-in cannot be served; ``files`` is what was read until then (a change of one is a reason to retry)."""
 
@@ -85,6 +88,7 @@ class LoadFailed(Exception):
         super().__init__("; ".join(item.message for item in diagnostics))
         self.diagnostics = diagnostics
         self.files: Mapping[Path, str] = files or {}
+
 
 class AgentLoader(Protocol):
     """Turns what discovery found into something that runs."""
@@ -96,4 +100,3 @@ class AgentLoader(Protocol):
     async def load_declared(self, declaration: Declaration, generation: int) -> LoadedGeneration:
         """Load an agent of `agents.yaml`; raise `LoadFailed`."""
         ...
-

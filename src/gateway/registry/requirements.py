@@ -38,7 +38,8 @@ def check_requirements(path: Path, label: str) -> tuple[Diagnostic, ...]:
         try:
             requirement = Requirement(line)
         except InvalidRequirement as error:
-            problems.append(_invalid(label, number, f"'{line[:80]}' is not a requirement: {str(error).splitlines()[0]}."))
+            why = str(error).splitlines()[0]
+            problems.append(_invalid(label, number, f"'{line[:80]}' is not a requirement: {why}."))
             continue
         lack = _lack(requirement)
         if lack is not None:
