@@ -20,6 +20,7 @@ from gateway.upstreams.failures import failure_of_status
 from gateway.upstreams.http1 import Exchange
 from gateway.upstreams.judging import CHAT_PATH, judge_for
 from gateway.upstreams.sse import EventParser, EventTooLarge
+from gateway.upstreams.status import UpstreamStatus
 from gateway.upstreams.transport import Origin, Transport, open_tls
 
 _LOG = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class Upstream(ABC):
         self.name = config.name
         self.api: Api = config.api or "chat"
         self.base_url = config.base_url or ""
+        self.status = UpstreamStatus()
         self._metrics = metrics
         self._secrets = tuple(s for s in (config.api_key or "", *config.headers.values()) if len(s) >= 8)
 
@@ -130,6 +132,16 @@ class Upstream(ABC):
             return self.config.provider == "openai"
         kind = _HOSTED_TOOL_NAMES.get(kind, kind)
         return any(_HOSTED_TOOL_NAMES.get(known, known) == kind for known in self.config.hosted_tools)
+
+    async def check(self) -> UpstreamStatus:
+        """Probe the server and note what came of it; never raises for what the server does."""
+        try:
+            await self.probe()
+        except GatewayError as error:
+            self.status.failed(error.message)
+        else:
+            self.status.succeeded()
+        return self.status
 
     @abstractmethod
     async def probe(self) -> None:
