@@ -19,7 +19,7 @@ from gateway.errors import ConfigError
 
 Environment = Literal["development", "production"]
 
-_CHECKOUT = Path(__file__).resolve().parents[1]
+_HOME = Path(__file__).resolve().parents[1]
 """``src/`` of a checkout, or site-packages of an installation."""
 
 T = TypeVar("T")
@@ -168,7 +168,8 @@ class Settings:
                 raise ConfigError(f"{explicit} does not exist; it is named as the path of {name} by the environment.")
             return explicit
         beside = self.agents_root().resolve().parent / "config"
-        for folder in (beside, _CHECKOUT / "config", _CHECKOUT / "gateway" / "defaults"):
+        checkout = [_HOME / "config"] if _HOME.name == "src" else []
+        for folder in (beside, *checkout, _HOME / "gateway" / "defaults"):
             if (folder / name).is_file():
                 return folder / name
         return None
