@@ -20,11 +20,15 @@ from api.errors import error_response, public
 from api.route_table import TABLE
 from api.routing import Receive, Request, Response, Route, RouteTable, Scope, Send
 from gateway.config import Settings
-from gateway.errors import ConfigError, GatewayError, ScopeRequired
+from gateway.errors import ConfigError, GatewayError, ScopeRequired, ServiceUnavailable
 from gateway.observability.logs import bind_request_id, log_event
 from gateway.principal import Principal
 
 _log = logging.getLogger("api")
+
+_NOT_STARTED = ServiceUnavailable(
+    "The gateway is not running: its server must start it (ASGI lifespan), and has not, or has stopped it again."
+)
 
 
 class GatewayApp:
@@ -59,6 +63,16 @@ class GatewayApp:
             except ConfigError as error:
                 await send({"type": "lifespan.startup.failed", "message": error.message})
                 return
+            except Exception as error:  # noqa: BLE001 - a raised one reads as "no lifespan": the server would go on without us
+                log_event(_log, "gateway.start.crashed", level=logging.ERROR, exc_info=error)
+                message = f"The gateway did not start: {type(error).__name__}. Its log holds the stack."
+                await send({"type": "lifespan.startup.failed", "message": message})
+                return
+            except Exception as error:  # noqa: BLE001 - a server takes an exception for "no lifespan", and serves on
+                log_event(_log, "gateway.start.failed", level=logging.ERROR, exc_info=error)
+                message = f"The gateway could not start: {type(error).__name__}: {error}. The line above has the cause."
+                await send({"type": "lifespan.startup.failed", "message": message})
+                return
             await send({"type": "lifespan.startup.complete"})
             await receive()
             self._gateway.loaded.set()
@@ -84,7 +98,8 @@ class GatewayApp:
         with bind_request_id(rid):
             gateway = self._gateway
             if gateway is None:
-                raise RuntimeError("the application was called before its lifespan started")
+                await _respond(send_with_id, error_response(_NOT_STARTED), closing=True)
+                return
             try:
                 route, principal, params = self._enter(gateway, scope, headers)
                 if route.handler is None:
