@@ -203,7 +203,11 @@ class _Level:
 
 
 def _walk(root: Path) -> Iterator[_Level]:
-    """Yield every folder that may hold sources, in a stable order; links are followed as long as they stay inside."""
+    """Yield every folder that may hold sources, in a stable order.
+
+    Of links to folders inside the root, only those that lead to a hidden one are followed (a mounted ConfigMap keeps
+    its files in ``..data``): the others would find everything twice.
+    """
     linked: set[str] = set()
     stack = [(str(root), 0)]
     while stack:
@@ -225,7 +229,7 @@ def _walk(root: Path) -> Iterator[_Level]:
                 folders.append(entry.path)
             elif escapes(Path(entry.path), root):
                 escaping.append(entry.name)
-            elif (real := os.path.realpath(entry.path)) not in linked:
+            elif _is_hidden(real := os.path.realpath(entry.path), root) and real not in linked:
                 linked.add(real)
                 folders.append(entry.path)
         if "pyvenv.cfg" in files:
@@ -233,6 +237,10 @@ def _walk(root: Path) -> Iterator[_Level]:
         yield _Level(folder, depth, files, tuple(escaping))
         if depth < _MAX_DEPTH:
             stack.extend((path, depth + 1) for path in reversed(folders))
+
+
+def _is_hidden(path: str, root: Path) -> bool:
+    return any(part.startswith(".") for part in Path(path).relative_to(root).parts)
 
 
 def _is_dir(entry: os.DirEntry[str]) -> bool:
