@@ -63,11 +63,6 @@ class GatewayApp:
             except ConfigError as error:
                 await send({"type": "lifespan.startup.failed", "message": error.message})
                 return
-            except Exception as error:  # noqa: BLE001 - a raised one reads as "no lifespan": the server would go on without us
-                log_event(_log, "gateway.start.crashed", level=logging.ERROR, exc_info=error)
-                message = f"The gateway did not start: {type(error).__name__}. Its log holds the stack."
-                await send({"type": "lifespan.startup.failed", "message": message})
-                return
             except Exception as error:  # noqa: BLE001 - a server takes an exception for "no lifespan", and serves on
                 log_event(_log, "gateway.start.failed", level=logging.ERROR, exc_info=error)
                 message = f"The gateway could not start: {type(error).__name__}: {error}. The line above has the cause."
