@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 
+from api.threads import DaemonThreadPool
 from gateway.config import Settings
 from gateway.observability.logs import configure_logging
 from gateway.observability.metrics import Metrics
@@ -63,6 +64,7 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Gateway]:
     roots = find_roots(settings)
     keyring = Keyring.load(settings, drop_in_key)
     metrics = Metrics()
+    asyncio.get_running_loop().set_default_executor(DaemonThreadPool())  # the loop closes it when it is closed
     async with AsyncExitStack() as stack:
         upstreams = await stack.enter_async_context(open_upstreams(load_upstreams(settings), metrics))
         holder = SnapshotHolder(Snapshot(1, Registry(), upstreams.table, keyring))

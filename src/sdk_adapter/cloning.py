@@ -17,6 +17,7 @@ from typing import Any
 from agents import Agent, Handoff, Model, handoff
 from agents.models.default_models import get_default_model_settings
 
+from sdk_adapter.guarding import judged_off_the_loop
 from sdk_adapter.instrument import rebound_handoff
 from sdk_adapter.models import GatewayModel
 from sdk_adapter.scope import Level
@@ -46,6 +47,8 @@ class RunClones:
             "tools": list(agent.tools),
             "handoffs": [self._bind(item) for item in agent.handoffs],
             "instructions": off_the_loop(agent.instructions),
+            "input_guardrails": [judged_off_the_loop(item) for item in agent.input_guardrails],
+            "output_guardrails": [judged_off_the_loop(item) for item in agent.output_guardrails],
         }
         if isinstance(agent.model, Model) and not isinstance(agent.model, GatewayModel):
             changes["model"] = GatewayModel(agent.model, self._level)

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
-from agents import InputGuardrail
+from agents import InputGuardrail, OutputGuardrail, ToolInputGuardrail, ToolOutputGuardrail
 
 from gateway.events import RunEvent
+
+Guardrail = TypeVar(
+    "Guardrail", InputGuardrail[Any], OutputGuardrail[Any], ToolInputGuardrail[Any], ToolOutputGuardrail[Any]
+)
+
+
+def judged_off_the_loop(guardrail: Guardrail) -> Guardrail:
+    """Return a guardrail whose plain (not async) function runs in a worker thread; an async one as it is."""
+    judge: Any = guardrail.guardrail_function
+    if inspect.iscoroutinefunction(judge) or inspect.iscoroutinefunction(type(judge).__call__):
+        return guardrail
+
+    async def threaded(*arguments: Any) -> Any:
+        output = await asyncio.to_thread(judge, *arguments)
+        return await output if inspect.isawaitable(output) else output
+
+    return replace(guardrail, guardrail_function=threaded, name=guardrail.get_name())
 
 
 class InputVerdict:
@@ -20,7 +38,7 @@ class InputVerdict:
         self.watched = [self._watch(item) if item.run_in_parallel else item for item in guardrails]
 
     def _watch(self, guardrail: InputGuardrail[Any]) -> InputGuardrail[Any]:
-        judge = guardrail.guardrail_function
+        judge = judged_off_the_loop(guardrail).guardrail_function
 
         async def watched(context: Any, agent: Any, input: Any) -> Any:
             output = judge(context, agent, input)

@@ -38,6 +38,7 @@ from agents import (
 from agents.mcp import MCPServer
 from agents.tool import CustomTool, ProgrammaticToolCallingTool, Tool, ToolSearchTool
 
+from sdk_adapter.guarding import judged_off_the_loop
 from sdk_adapter.scope import ToolStatus, current_level
 
 _HOSTED: tuple[tuple[type[Any], str], ...] = (
@@ -116,11 +117,17 @@ def own_tool_names(agent: Agent[Any]) -> list[str]:
 def observe_tools(agent: Agent[Any]) -> None:
     """Report every call of the agent's function tools to the run it belongs to, from now on; done once per tool.
 
+    Plain functions that guard a tool leave the event loop with it, as the tool's own does.
+
     The run is looked up at the call: tools of an installed package are shared by agents and outlive their loads.
     """
     for tool in agent.tools:
         if not isinstance(tool, FunctionTool):
             continue
+        if tool.tool_input_guardrails:
+            tool.tool_input_guardrails = [judged_off_the_loop(item) for item in tool.tool_input_guardrails]
+        if tool.tool_output_guardrails:
+            tool.tool_output_guardrails = [judged_off_the_loop(item) for item in tool.tool_output_guardrails]
         invoker: Any = tool.on_invoke_tool
         inner = getattr(invoker, "_invoke_tool_impl", None)
         call = inner if inner is not None else invoker

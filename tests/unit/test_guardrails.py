@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -117,6 +118,35 @@ def test_a_cut_answer_that_no_guardrail_judged_is_not_shown(streamed: bool) -> N
     with world.installed():
         answer = run_async(world.ask(agent, streamed=streamed, options={"max_turns": 1}))
     assert (answer.text, answer.end.finish_reason) == ("", "length")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_plain_guardrail_functions_run_beside_the_loop(streamed: bool) -> None:
+    threads: list[str] = []
+
+    def judge(*_: Any) -> GuardrailFunctionOutput:
+        threads.append(threading.current_thread().name)
+        return GuardrailFunctionOutput(output_info=None, tripwire_triggered=False)
+
+    def judge_tool(_: Any) -> ToolGuardrailFunctionOutput:
+        threads.append(threading.current_thread().name)
+        return ToolGuardrailFunctionOutput.allow()
+
+    @function_tool(
+        tool_input_guardrails=[tool_input_guardrail(judge_tool)],
+        tool_output_guardrails=[tool_output_guardrail(judge_tool)],
+    )
+    def look() -> str:
+        return "seen"
+
+    world = World(Reply(calls=(("look", {}),)), "done")
+    agent = Agent(
+        name="a", tools=[look], input_guardrails=[input_guardrail(judge)], output_guardrails=[output_guardrail(judge)]
+    )
+    with world.installed():
+        run_async(world.ask(agent, streamed=streamed))
+    assert len(threads) == 4
+    assert "MainThread" not in threads
 
 
 @pytest.mark.parametrize("streamed", [False, True])
