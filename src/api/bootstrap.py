@@ -23,7 +23,8 @@ from gateway.security.config import SecurityDefaults
 from gateway.security.keys import Keyring
 from gateway.snapshot import Snapshot, SnapshotHolder
 from gateway.upstreams.config import load_upstreams
-from gateway.upstreams.table import open_upstreams
+from gateway.upstreams.discovery import ModelDiscovery
+from gateway.upstreams.table import UpstreamTable, open_upstreams
 from sdk_adapter.loader import SdkLoader
 from sdk_adapter.services import AdapterServices
 
@@ -32,7 +33,9 @@ from sdk_adapter.services import AdapterServices
 class Gateway:
     """Everything a handler may reach; one per process, alive between start-up and shutdown.
 
-    ``loaded`` is set once every drop-in present at start-up has been loaded or given up.
+    ``refresh_upstreams`` reads `upstreams.yaml` again, probes every upstream and asks for their models; it raises
+    `ConfigError` and changes nothing where the file is wrong. ``loaded`` is set once every drop-in present at start-up
+    has been loaded or given up.
     """
 
     settings: Settings
@@ -41,6 +44,8 @@ class Gateway:
     engine: RunEngine
     catalogue: AgentCatalogue
     reloader: Reloader
+    discovery: ModelDiscovery
+    refresh_upstreams: Callable[[], Awaitable[None]]
     loaded: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def wait_for_agents(self) -> None:
@@ -81,9 +86,21 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Gateway]:
             AgentCatalogue(settings, loader, roots, publish=publish, metrics=metrics)
         )
 
+        def publish_models(table: UpstreamTable) -> None:
+            holder.swap(upstreams=table)
+
+        discovery = ModelDiscovery(upstreams, publish_models, interval_s=settings.upstream_discovery_s)
+
         async def reload_upstreams() -> None:
             holder.swap(upstreams=await upstreams.refresh(load_upstreams(settings)))
+            discovery.wake()
             await catalogue.recheck()
+
+        async def refresh_upstreams() -> None:
+            await reload_upstreams()
+            table = holder.current.upstreams
+            await asyncio.gather(*(upstream.check() for upstream in table.upstreams.values()))
+            await discovery.refresh()
 
         async def reload_security() -> None:
             fresh = Keyring.load(settings, drop_in_key)
@@ -97,7 +114,9 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Gateway]:
         if settings.agent_auto_reload or settings.upstream_auto_reload:
             watched["upstreams.yaml"] = reload_upstreams
         reloader = Reloader(settings, catalogue, roots, on_change=watched)
-        gateway = Gateway(settings, holder, metrics, RunEngine(metrics), catalogue, reloader)
+        gateway = Gateway(
+            settings, holder, metrics, RunEngine(metrics), catalogue, reloader, discovery, refresh_upstreams
+        )
         await stack.enter_async_context(_background(gateway, watch=bool(watched)))
         yield gateway
 
@@ -112,7 +131,7 @@ async def _background(gateway: Gateway, *, watch: bool) -> AsyncIterator[None]:
         finally:
             gateway.loaded.set()
 
-    tasks = [asyncio.create_task(work())]
+    tasks = [asyncio.create_task(work()), asyncio.create_task(gateway.discovery.run())]
     if watch:
         tasks.append(asyncio.create_task(gateway.reloader.watch()))
     try:

@@ -45,7 +45,7 @@ async def get_model(request: Request) -> Response:
         found = _agent(target, admin=principal.is_admin)
     else:
         listed = next((model for model in snapshot.upstreams.list_models() if model.id == name), None)
-        found = _upstream(listed or UpstreamModel(id=name, owned_by=target.upstream.name, created=0))
+        found = _upstream(listed or UpstreamModel(name, target.upstream.name, 0, target.model))
     return Response(msgspec.json.encode(found), headers=_HEADERS)
 
 
@@ -68,7 +68,11 @@ def _encode_list(principal: Principal, snapshot: Snapshot) -> bytes:
         for entry in snapshot.registry.list_entries()
         if entry.executor is not None and entry.options.expose and allows(principal, entry.id)
     ]
-    data += [_upstream(model) for model in snapshot.upstreams.list_models() if allows(principal, model.id)]
+    data += [
+        _upstream(model)
+        for model in snapshot.upstreams.list_models()
+        if allows(principal, model.id) and snapshot.registry.find(model.id) is None
+    ]
     return msgspec.json.encode({"object": "list", "data": data})
 
 
@@ -89,8 +93,7 @@ def _agent(entry: AgentEntry, *, admin: bool) -> dict[str, Any]:
 
 
 def _upstream(model: UpstreamModel) -> dict[str, Any]:
-    namespace, _, name = model.id.partition("/")
-    metadata = {"namespace": namespace, "display_name": name, "kind": "upstream"}
+    metadata = {"namespace": model.owned_by, "display_name": model.name, "kind": "upstream"}
     return _model(model.id, model.created, model.owned_by, model.id, None, metadata)
 
 

@@ -63,6 +63,22 @@ TABLE = RouteTable(
             "The last 200 diagnostics, newest first.",
             aliases=("/admin/agents/errors",),
         ),
+        Route(
+            "GET",
+            "/upstreams",
+            "upstreams.list",
+            "admin",
+            "Every upstream with its health.",
+            aliases=("/admin/upstreams",),
+        ),
+        Route(
+            "POST",
+            "/upstreams/refresh",
+            "upstreams.refresh",
+            "admin",
+            "Read upstreams.yaml again, probe every upstream and list their models.",
+            aliases=("/admin/upstreams/refresh",),
+        ),
         Route("GET", "/docs", "service.docs", "public", "The API explorer."),
         Route("GET", "/openapi.json", "service.openapi", "public", "The OpenAPI document."),
     ]

@@ -105,6 +105,9 @@ class Settings:
     upstream_auto_reload: bool = setting(
         "GATEWAY_UPSTREAM_AUTO_RELOAD", False, "Watch `upstreams.yaml` and reload it when it changes."
     )
+    upstream_discovery_s: float = setting(
+        "GATEWAY_UPSTREAM_DISCOVERY_S", 300.0, "Seconds between two looks at an upstream's own list of models."
+    )
     openai_api_key: str | None = setting(
         "OPENAI_API_KEY",
         None,

@@ -12,6 +12,7 @@ import yaml
 from gateway.config import Settings, load_yaml
 from gateway.errors import ConfigError
 from gateway.upstreams.config import UpstreamConfig, UpstreamsConfig, load_upstreams
+from gateway.upstreams.presets import PRESETS
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -114,7 +115,7 @@ def test_key_in_the_file_is_warned_of_and_never_shown(tmp_path: Path, caplog: py
             r"upstream 'up': api_key names \$\{NOPE\}, which is not set",
         ),
         ({"base_url": "http://h/v1", "api_key_env": "NOPE"}, "api_key_env names NOPE, which is not set"),
-        ({"base_url": "http://h/v1", "api_key_env": "A", "api_key": "x"}, "api_key or api_key_env, not both"),
+        ({"base_url": "http://h/v1", "api_key_env": "A", "api_key": "x"}, "set one of api_key, api_key_env"),
         ({}, "base_url is missing"),
         ({"base_url": "h:80/v1"}, "must start with http:// or https://"),
         ({"base_url": "ftp://h/v1"}, "must start with http:// or https://"),
@@ -129,7 +130,7 @@ def test_key_in_the_file_is_warned_of_and_never_shown(tmp_path: Path, caplog: py
         ({"base_url": "http://h/v1", "priority": 0}, "priority"),
         ({"base_url": "http://h/v1", "timeouts": {"idle_s": -1}}, "idle_s"),
         ({"base_url": "http://h/v1", "timeouts": {"idle": 1}}, "did you mean 'idle_s'"),
-        ({"base_url": "http://h/v1", "provider": "openia"}, "provider"),
+        ({"base_url": "http://h/v1", "provider": "openia"}, "no provider 'openia'; did you mean 'openai'"),
         ({"base_ur": "http://h/v1"}, "did you mean 'base_url'"),
     ],
 )
@@ -165,3 +166,47 @@ def test_settings_name_the_default(tmp_path: Path) -> None:
     assert (config.default_upstream, config.default_model) == ("b", "m")
     with pytest.raises(ConfigError, match="GATEWAY_DEFAULT_UPSTREAM"):
         load(tmp_path, content, default_upstream="c")
+
+
+@pytest.mark.parametrize(
+    ("fields", "discovers"),
+    [
+        ({"provider": "lmstudio"}, True),
+        ({"provider": "ollama", "models": ["a", "b*"]}, True),
+        ({"provider": "vllm", "models": ["a"]}, False),
+        ({"base_url": "http://h/v1"}, True),
+        ({"provider": "openai", "api_key": "sk-0"}, False),
+        ({"provider": "openai", "models": ["gpt-*"]}, True),
+        ({"provider": "groq"}, False),
+        ({"provider": "groq", "discover": True}, True),
+        ({"provider": "lmstudio", "discover": False}, False),
+        ({"provider": "demo", "discover": True}, False),
+    ],
+)
+def test_who_lists_its_own_models(tmp_path: Path, fields: dict[str, Any], discovers: bool) -> None:
+    (found,) = load(tmp_path, {"upstreams": [{"name": "up", **fields}]}).upstreams
+    assert found.discover is discovers
+
+
+def test_every_provider_without_an_address_says_what_to_write(tmp_path: Path) -> None:
+    for provider, preset in PRESETS.items():
+        entry = {"name": "up", "provider": provider}
+        if preset.base_url is not None or provider == "demo":
+            assert load(tmp_path, {"upstreams": [entry]}).upstreams[0].base_url == preset.base_url
+        else:
+            with pytest.raises(ConfigError, match="base_url is missing; write "):
+                load(tmp_path, {"upstreams": [entry]})
+
+
+def test_several_keys_and_a_dated_api(tmp_path: Path) -> None:
+    entry = {
+        "name": "up",
+        "provider": "azure",
+        "base_url": "https://r.openai.azure.com/openai/v1",
+        "api_keys": ["${A}", "${B}", "${A}"],
+        "api_version": "2024-10-21",
+    }
+    (found,) = load(tmp_path, {"upstreams": [entry]}, {"A": "key-a", "B": "key-b"}).upstreams
+    assert found.api_keys == ("key-a", "key-b")
+    assert found.base_url == "https://r.openai.azure.com/openai/v1?api-version=2024-10-21"
+    assert "key-a" not in repr(found)

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.admin import agents
+from api.admin import agents, upstreams
 from api.admin.explorer import explorer_response
 from api.admin.openapi import build_document
 from api.errors import error_response, public
@@ -47,6 +47,8 @@ def build_app(table: RouteTable) -> FastAPI:
         "agents.list": agents.list_agents,
         "agents.refresh": agents.refresh_agents,
         "agents.errors": agents.list_errors,
+        "upstreams.list": upstreams.list_upstreams,
+        "upstreams.refresh": upstreams.refresh_upstreams,
         "service.docs": explorer_response,
         "service.openapi": openapi,
     }

@@ -8,6 +8,7 @@ import ssl
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -16,9 +17,13 @@ import msgspec
 from gateway.errors import AgentMisconfigured, ConfigError, GatewayError, UpstreamMalformed
 from gateway.observability.logs import log_event
 from gateway.upstreams.config import HEADER_NAME, HEADER_VALUE, OWN_HEADERS, Api, UpstreamConfig
-from gateway.upstreams.failures import failure_of_status
+from gateway.upstreams.failures import failure_of_status, retry_after_s
 from gateway.upstreams.http1 import Exchange
 from gateway.upstreams.judging import CHAT_PATH, judge_for
+from gateway.upstreams.keys import UpstreamKey, UpstreamKeys
+from gateway.upstreams.model_list import read_model_list
+from gateway.upstreams.presets import PRESETS, Preset
+from gateway.upstreams.relaying import ByteRequest, OnHead
 from gateway.upstreams.sse import EventParser, EventTooLarge
 from gateway.upstreams.status import UpstreamStatus
 from gateway.upstreams.transport import Origin, Transport, open_tls
@@ -62,16 +67,22 @@ class Upstream(ABC):
         self.base_url = config.base_url or ""
         self.status = UpstreamStatus()
         self._metrics = metrics
-        self._secrets = tuple(s for s in (config.api_key or "", *config.headers.values()) if len(s) >= 8)
+        self._secrets = tuple(s for s in (*keys_of(config), *config.headers.values()) if len(s) >= 8)
 
     async def post(
-        self, path: str, body: bytes, *, request_id: str | None = None, headers: Mapping[str, str] | None = None
+        self,
+        path: str,
+        body: bytes,
+        *,
+        request_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        on_head: OnHead | None = None,
     ) -> bytes:
         """Send one JSON request and return the JSON answer."""
         started = time.perf_counter()
         status: int | str = "cancelled"
         try:
-            answer = await self._post(path, body, request_id, headers)
+            answer = await self._post(path, body, request_id, headers, on_head)
             judge_for(path, self.name, self._secrets).body(answer)
             status = 200
             return answer
@@ -82,7 +93,13 @@ class Upstream(ABC):
             self._record(status, started)
 
     async def stream(
-        self, path: str, body: bytes, *, request_id: str | None = None, headers: Mapping[str, str] | None = None
+        self,
+        path: str,
+        body: bytes,
+        *,
+        request_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        on_head: OnHead | None = None,
     ) -> AsyncGenerator[bytes, None]:
         """Yield the payload of each event as it comes; ``[DONE]`` is consumed. Closing it closes the socket at once."""
         started = time.perf_counter()
@@ -91,7 +108,7 @@ class Upstream(ABC):
         finished = False
         try:
             judge = judge_for(path, self.name, self._secrets)
-            source = await self._open(path, body, request_id, headers)
+            source = await self._open(path, body, request_id, headers, on_head)
             while not finished:
                 events = await source.read()
                 finished = not events
@@ -110,6 +127,23 @@ class Upstream(ABC):
         finally:
             if source is not None:
                 source.close(drain=finished)
+            self._record(status, started)
+
+    async def relay(
+        self, request: ByteRequest, *, request_id: str | None = None, on_head: OnHead | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield the answer of a relayed request as it comes; what the upstream refuses is raised as elsewhere."""
+        started = time.perf_counter()
+        status: int | str = "cancelled"
+        try:
+            async with aclosing(self._relay(request, request_id, on_head)) as pieces:
+                async for piece in pieces:
+                    yield piece
+            status = 200
+        except GatewayError as error:
+            status = self._failed(request.path.partition("?")[0], error, started)
+            raise
+        finally:
             self._record(status, started)
 
     async def chat(
@@ -148,6 +182,10 @@ class Upstream(ABC):
         """Ask the server's ``health_path`` with the key; return if it answers well, else raise a `GatewayError`."""
 
     @abstractmethod
+    async def fetch_models(self) -> tuple[str, ...]:
+        """Return the names in the server's own model list; raise a `GatewayError` where it gives none."""
+
+    @abstractmethod
     def retire(self) -> None:
         """Serve on for those who still hold this upstream, but keep nothing open between their calls."""
 
@@ -156,14 +194,22 @@ class Upstream(ABC):
         """Close every connection now; answers that are being read end in an error."""
 
     @abstractmethod
-    async def _post(self, path: str, body: bytes, request_id: str | None, headers: Mapping[str, str] | None) -> bytes:
+    async def _post(
+        self, path: str, body: bytes, request_id: str | None, headers: Mapping[str, str] | None, on_head: OnHead | None
+    ) -> bytes:
         """Return the raw answer of a successful request."""
 
     @abstractmethod
     async def _open(
-        self, path: str, body: bytes, request_id: str | None, headers: Mapping[str, str] | None
+        self, path: str, body: bytes, request_id: str | None, headers: Mapping[str, str] | None, on_head: OnHead | None
     ) -> EventSource:
         """Return the events of a successful request."""
+
+    @abstractmethod
+    def _relay(
+        self, request: ByteRequest, request_id: str | None, on_head: OnHead | None
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield the answer of a successful request."""
 
     def _failed(self, path: str, error: GatewayError, started: float) -> str:
         log_event(
@@ -200,28 +246,21 @@ class HttpUpstream(Upstream):
         self._transport = Transport(Origin(config.name, host, port, tls), config.timeouts, config.limits)
         self._prefix = parts.path.rstrip("/")
         self._query = parts.query
-        self._headers = _headers_of(config, parts.netloc)
+        self._preset = PRESETS.get(config.provider, _NO_PRESET)
+        self._keys = UpstreamKeys(config.name, keys_of(config))
+        self._headers = _headers_of(config, self._preset, parts.netloc)
         self._common = _header_block(self._headers)
+        self._own = frozenset(name.lower() for name in config.headers)
 
     async def probe(self) -> None:
         """See `Upstream.probe`."""
-        head = f"GET {self._target(self.config.health_path)} HTTP/1.1\r\n".encode("ascii")
-        seconds = self.config.health_timeout_s
-        timeouts = msgspec.structs.replace(
-            self.config.timeouts,
-            connect_s=min(seconds, self.config.timeouts.connect_s),
-            first_byte_s=seconds,
-            total_s=seconds,
-        )
-        exchange = await self._transport.send(
-            head + self._common + b"accept: application/json\r\n\r\n", b"", streamed=False, timeouts=timeouts
-        )
-        try:
-            answer = await self._read_answer(exchange, b"")
-        finally:
-            exchange.close()
+        answer = await self._get(self.config.health_path)
         if not answer.lstrip().startswith((b"{", b"[")):
             raise UpstreamMalformed(f"The upstream '{self.name}' does not answer {self.config.health_path} with JSON.")
+
+    async def fetch_models(self) -> tuple[str, ...]:
+        """See `Upstream.fetch_models`."""
+        return read_model_list(self.name, await self._get("/models"))
 
     def retire(self) -> None:
         """See `Upstream.retire`."""
@@ -232,24 +271,88 @@ class HttpUpstream(Upstream):
         self._transport.abort()
         await asyncio.sleep(0)  # sockets close in the next turn of the loop
 
-    async def _post(self, path: str, body: bytes, request_id: str | None, headers: Mapping[str, str] | None) -> bytes:
-        head = self._head(path, body, b"accept: application/json\r\n", request_id, headers)
+    async def _get(self, path: str) -> bytes:
+        """Return a small JSON answer within the time of a health check."""
+        seconds = self.config.health_timeout_s
+        timeouts = msgspec.structs.replace(
+            self.config.timeouts,
+            connect_s=min(seconds, self.config.timeouts.connect_s),
+            first_byte_s=seconds,
+            total_s=seconds,
+        )
+        key = self._keys.take()
+        head = self._head("GET", path, "application/json", key)
+        exchange = await self._transport.send(head + b"\r\n", b"", streamed=False, timeouts=timeouts)
+        try:
+            return await self._read_answer(exchange, b"", key)
+        finally:
+            exchange.close()
+
+    async def _post(
+        self, path: str, body: bytes, request_id: str | None, headers: Mapping[str, str] | None, on_head: OnHead | None
+    ) -> bytes:
+        key = self._keys.take()
+        head = self._json_head(path, body, "application/json", key, request_id, headers)
         exchange = await self._transport.send(head, body, streamed=False)
         try:
-            return await self._read_answer(exchange, body)
+            answer = await self._read_answer(exchange, body, key)
+            if on_head is not None:
+                on_head(exchange.status, exchange.headers)
+            return answer
+        finally:
+            exchange.close()
+
+    async def _relay(
+        self, request: ByteRequest, request_id: str | None, on_head: OnHead | None
+    ) -> AsyncGenerator[bytes, None]:
+        key = self._keys.take()
+        head = self._head(request.method, request.path, request.accept, key, request_id)
+        if request.content_type is not None:
+            head += b"content-type: %b\r\n" % request.content_type.encode("ascii")
+        body = request.body
+        if isinstance(body, bytes):
+            length = b"content-length: %d\r\n" % len(body) if body or request.method in ("POST", "PUT") else b""
+            exchange = await self._transport.send(head + length + b"\r\n", body, streamed=False)
+        elif request.length is not None:
+            head += b"content-length: %d\r\n\r\n" % request.length
+            exchange = await self._transport.upload(head, body, chunked=False)
+        else:
+            exchange = await self._transport.upload(head + b"transfer-encoding: chunked\r\n\r\n", body, chunked=True)
+        try:
+            if not 200 <= exchange.status < 300:
+                await self._read_answer(exchange, body if isinstance(body, bytes) else b"", key)
+            if on_head is not None:
+                on_head(exchange.status, exchange.headers)
+            idle_s, size = exchange.timeouts.idle_s, 0
+            while True:
+                exchange.expect(
+                    idle_s, f"sent nothing for {idle_s:g} s in the middle of its answer. Raise timeouts.idle_s of it."
+                )
+                piece = await exchange.read()
+                if not piece:
+                    return
+                size += len(piece)
+                if size > exchange.limits.relay_bytes:
+                    raise self._too_large("relay", exchange.limits.relay_bytes)
+                # A client that reads slowly must not look like a silent upstream: the total deadline still holds.
+                exchange.relax()
+                yield piece
         finally:
             exchange.close()
 
     async def _open(
-        self, path: str, body: bytes, request_id: str | None, headers: Mapping[str, str] | None
+        self, path: str, body: bytes, request_id: str | None, headers: Mapping[str, str] | None, on_head: OnHead | None
     ) -> EventSource:
-        head = self._head(path, body, b"accept: text/event-stream\r\n", request_id, headers)
+        key = self._keys.take()
+        head = self._json_head(path, body, "text/event-stream", key, request_id, headers)
         exchange = await self._transport.send(head, body, streamed=True)
         try:
             kind = exchange.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
             if exchange.status == 200 and kind not in (b"application/json", b"text/html"):
+                if on_head is not None:
+                    on_head(exchange.status, exchange.headers)
                 return _HttpEvents(self.name, exchange)
-            answer = await self._read_answer(exchange, body)
+            answer = await self._read_answer(exchange, body, key)
             if kind == b"application/json":
                 # Some servers answer a streamed request with 200 and a plain error object.
                 judge_for("", self.name, self._secrets).body(answer)
@@ -262,9 +365,11 @@ class HttpUpstream(Upstream):
             exchange.close()
             raise
 
-    async def _read_answer(self, exchange: Exchange, asked: bytes) -> bytes:
+    async def _read_answer(self, exchange: Exchange, asked: bytes, key: UpstreamKey | None) -> bytes:
         """Return the body of a 2xx answer; raise what any other status means."""
         good = 200 <= exchange.status < 300
+        if not good:
+            self._keys.answered(key, exchange.status, retry_after_s(exchange.headers))
         limit = exchange.limits.body_bytes if good else _ERROR_BODY_BYTES
         announced = exchange.headers.get(b"content-length", b"")
         body = bytearray()
@@ -295,22 +400,40 @@ class HttpUpstream(Upstream):
             "that is right."
         )
 
-    def _head(
-        self, path: str, body: bytes, accept: bytes, request_id: str | None, headers: Mapping[str, str] | None
+    def _json_head(
+        self,
+        path: str,
+        body: bytes,
+        accept: str,
+        key: UpstreamKey | None,
+        request_id: str | None,
+        headers: Mapping[str, str] | None,
     ) -> bytes:
-        common = self._common
+        head = self._head("POST", path, accept, key, request_id, headers)
+        return b"%bcontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % (head, len(body))
+
+    def _head(
+        self,
+        method: str,
+        path: str,
+        accept: str,
+        key: UpstreamKey | None,
+        request_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> bytes:
+        """Return request line and headers up to those of the body."""
+        common, given = self._common, dict[str, str]()
         if headers:
             given = {name.lower(): value for name, value in headers.items() if name.lower() not in OWN_HEADERS}
             common = _header_block({**self._headers, **given})
+        if key is not None:
+            name = (self._preset.list_key_header if method == "GET" else None) or self._preset.key_header
+            if name not in given and name not in self._own:
+                shown = f"Bearer {key.value}" if name == "authorization" else key.value
+                common += f"{name}: {shown}\r\n".encode("ascii")
         if request_id is not None and request_id.isascii() and request_id.isprintable():
             common += b"x-request-id: %b\r\n" % request_id.encode("ascii")
-        target = self._target(path).encode("ascii")
-        return b"POST %b HTTP/1.1\r\n%b%bcontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % (
-            target,
-            common,
-            accept,
-            len(body),
-        )
+        return f"{method} {self._target(path)} HTTP/1.1\r\naccept: {accept}\r\n".encode("ascii") + common
 
     def _target(self, path: str) -> str:
         if not self._query:
@@ -383,10 +506,16 @@ def _tls_of(config: UpstreamConfig) -> ssl.SSLContext:
         ) from error
 
 
-def _headers_of(config: UpstreamConfig, netloc: str) -> dict[str, str]:
-    headers = {"host": netloc, "user-agent": "agent-gateway", "accept-encoding": "identity"}
-    if config.api_key:
-        headers["authorization"] = f"Bearer {config.api_key}"
+def keys_of(config: UpstreamConfig) -> tuple[str, ...]:
+    """Return every key of an upstream."""
+    return config.api_keys or ((config.api_key,) if config.api_key else ())
+
+
+_NO_PRESET = Preset()
+
+
+def _headers_of(config: UpstreamConfig, preset: Preset, netloc: str) -> dict[str, str]:
+    headers = {"host": netloc, "user-agent": "agent-gateway", "accept-encoding": "identity", **preset.headers}
     headers.update({name.lower(): value for name, value in config.headers.items()})
     return headers
 

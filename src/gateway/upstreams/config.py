@@ -29,13 +29,12 @@ from msgspec import Meta, Struct
 from gateway.config import Settings, load_yaml
 from gateway.errors import ConfigError
 from gateway.observability.logs import log_event
+from gateway.upstreams.presets import PRESETS, Preset
 
-Provider = Literal["openai", "openai-compatible", "lmstudio", "ollama", "vllm", "demo"]
 Api = Literal["chat", "responses"]
 Seconds = Annotated[float, Meta(gt=0)]
 Bytes = Annotated[int, Meta(ge=1024)]
 
-OPENAI_BASE_URL = "https://api.openai.com/v1"
 OPENAI_MODELS = (
     "gpt-*",
     "chatgpt-*",
@@ -90,28 +89,35 @@ class Limits(Struct, frozen=True, kw_only=True):
     event_bytes: Bytes = 4 * 1024 * 1024
     body_bytes: Bytes = 16 * 1024 * 1024
     stream_bytes: Bytes = 64 * 1024 * 1024
+    relay_bytes: Bytes = 1024 * 1024 * 1024
 
 
 class UpstreamConfig(Struct, frozen=True, kw_only=True):
     """One server with models.
 
-    ``provider`` fills ``base_url`` (``openai``, ``lmstudio`` :1234, ``ollama`` :11434, ``vllm`` :8000).
+    ``provider`` is a name of `gateway.upstreams.presets`; it fills ``base_url`` and knows how the key is shown.
     ``api`` is what *agents* of this upstream speak; pass-through always relays the surface the client called. Its
     default is ``chat``, the widest, except for provider ``openai`` at api.openai.com: there it is ``responses``, as
     in the Agents SDK itself, because hosted tools exist only on that surface.
-    ``models`` lists names or fnmatch patterns; ``default_model`` serves agents that name none.
+    ``models`` lists names or fnmatch patterns; ``default_model`` serves agents that name none. ``discover`` lists the
+    models of the server's own list as well; by default where it is one's own server and ``models`` is absent or has
+    patterns, and at a provider's where ``models`` is given and has patterns.
+    ``api_keys`` are used in turn, one per request.
     ``hosted_tools`` lists the hosted tools the server really has (``web_search``, ``file_search``, ``mcp`` …); None
     means all of them on provider ``openai`` and none elsewhere; it counts only where ``api`` is ``responses``.
     """
 
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
-    provider: Provider = "openai-compatible"
+    provider: str = "openai-compatible"
     base_url: str | None = None
     api: Api | None = None
     priority: Annotated[int, Meta(ge=1)] = 1
     api_key: str | None = None
     api_key_env: str | None = None
+    api_keys: tuple[str, ...] = ()
+    api_version: Annotated[str, Meta(pattern=r"^[A-Za-z0-9.-]{1,32}$")] | None = None
     models: tuple[str, ...] | None = None
+    discover: bool | None = None
     default_model: str | None = None
     health_path: Annotated[str, Meta(pattern=r"^/[!-~]*$")] = "/models"
     health_timeout_s: Seconds = 5.0
@@ -184,13 +190,12 @@ def load_upstreams(settings: Settings, env: Mapping[str, str] | None = None) -> 
     )
 
 
+def is_pattern(name: str) -> bool:
+    """Return whether a model name is an fnmatch pattern."""
+    return any(character in name for character in "*?[")
+
+
 _LOG = logging.getLogger(__name__)
-_PRESETS: dict[str, str] = {
-    "openai": OPENAI_BASE_URL,
-    "lmstudio": "http://127.0.0.1:1234/v1",
-    "ollama": "http://127.0.0.1:11434/v1",
-    "vllm": "http://127.0.0.1:8000/v1",
-}
 _ENV = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -200,7 +205,7 @@ def _variables(settings: Settings, env: Mapping[str, str]) -> dict[str, str]:
 
 
 def _openai_of(settings: Settings) -> UpstreamConfig:
-    base_url = settings.openai_base_url or OPENAI_BASE_URL
+    base_url = settings.openai_base_url or PRESETS["openai"].base_url
     return _complete(
         UpstreamConfig(name="openai", provider="openai", base_url=base_url, api_key=settings.openai_api_key),
         {},
@@ -210,15 +215,25 @@ def _openai_of(settings: Settings) -> UpstreamConfig:
 
 def _complete(item: UpstreamConfig, variables: Mapping[str, str], *, literal_key_ok: bool = False) -> UpstreamConfig:
     where = f"upstreams.yaml: upstream '{item.name}'"
+    preset = PRESETS.get(item.provider)
+    if preset is None:
+        raise ConfigError(
+            f"{where}: there is no provider '{item.provider}'{_nearest(item.provider, list(PRESETS))} Anything that "
+            f"speaks OpenAI's dialect is 'openai-compatible'. Providers: {', '.join(PRESETS)}."
+        )
     if item.provider == "demo":
         models = item.models or (DEMO_MODEL,)
+        default = item.default_model or models[0]
         return msgspec.structs.replace(
-            item, api="chat", models=models, default_model=item.default_model or models[0], base_url=None
+            item, api="chat", models=models, default_model=default, base_url=None, discover=False
         )
-    base_url = _expand(item.base_url, variables, f"{where}: base_url") or _PRESETS.get(item.provider)
+    base_url = _expand(item.base_url, variables, f"{where}: base_url") or preset.base_url
     if base_url is None:
-        raise ConfigError(f"{where}: base_url is missing; write the address up to and with /v1.")
+        raise ConfigError(f"{where}: base_url is missing; write {preset.address}.")
     parts = _checked_url(base_url, f"{where}: base_url")
+    if item.api_version is not None:
+        base_url += f"{'&' if parts.query else '?'}api-version={item.api_version}"
+    keys = _keys(item, variables, where, literal_key_ok)
     for name, value in item.headers.items():
         if not HEADER_NAME.match(name) or name.lower() in OWN_HEADERS:
             raise ConfigError(f"{where}: headers: '{name}' cannot be set here.")
@@ -228,32 +243,49 @@ def _complete(item: UpstreamConfig, variables: Mapping[str, str], *, literal_key
         item,
         base_url=base_url,
         api=item.api or ("responses" if item.provider == "openai" and parts.hostname == "api.openai.com" else "chat"),
-        api_key=_key(item, variables, where, literal_key_ok),
+        api_key=keys[0] if keys else None,
+        api_key_env=None,
+        api_keys=keys,
+        discover=_discovers(item, preset),
         models=OPENAI_MODELS if item.models is None and item.provider == "openai" else item.models,
         headers={name: _expand(value, variables, f"{where}: headers") or "" for name, value in item.headers.items()},
     )
 
 
-def _key(item: UpstreamConfig, variables: Mapping[str, str], where: str, literal_ok: bool) -> str | None:
-    if item.api_key is not None and item.api_key_env is not None:
-        raise ConfigError(f"{where}: set api_key or api_key_env, not both.")
+def _discovers(item: UpstreamConfig, preset: Preset) -> bool:
+    if item.discover is not None:
+        return item.discover
+    if item.models is None:
+        return preset.own_server
+    return any(is_pattern(model) for model in item.models)
+
+
+def _keys(item: UpstreamConfig, variables: Mapping[str, str], where: str, literal_ok: bool) -> tuple[str, ...]:
+    if sum((item.api_key is not None, item.api_key_env is not None, bool(item.api_keys))) > 1:
+        raise ConfigError(f"{where}: set one of api_key, api_key_env and api_keys.")
     if item.api_key_env is not None:
         key = variables.get(item.api_key_env)
         if not key:
             raise ConfigError(f"{where}: api_key_env names {item.api_key_env}, which is not set in the environment.")
+        found = [key]
     else:
-        key = _expand(item.api_key, variables, f"{where}: api_key")
-        if key and not literal_ok and not _ENV.search(item.api_key or ""):
+        name = "api_keys" if item.api_keys else "api_key"
+        written = item.api_keys or ((item.api_key,) if item.api_key else ())
+        found = [_expand(text, variables, f"{where}: {name}") or "" for text in written]
+        if not literal_ok and not all(_ENV.search(text) for text in written):
             log_event(
                 _LOG,
                 "upstream.config.literal_key",
                 level=logging.WARNING,
                 upstream=item.name,
-                message=f'{where}: api_key holds the key itself; write api_key: "${{SOME_VARIABLE}}" instead.',
+                message=f'{where}: {name} holds the key itself; write "${{SOME_VARIABLE}}" instead.',
             )
-    if key and not HEADER_VALUE.match(key.strip()):
+    keys = tuple(dict.fromkeys(key.strip() for key in found))
+    if not all(keys):
+        raise ConfigError(f"{where}: api_keys holds an empty key.")
+    if not all(HEADER_VALUE.match(key) for key in keys):
         raise ConfigError(f"{where}: the API key has characters a header cannot carry.")
-    return key.strip() if key else None
+    return keys
 
 
 def _expand(text: str | None, variables: Mapping[str, str], where: str) -> str | None:

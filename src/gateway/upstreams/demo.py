@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -19,6 +19,7 @@ from gateway.errors import UpstreamModelNotFound, UpstreamRejected
 from gateway.upstreams.client import EventSource, Upstream
 from gateway.upstreams.demo_script import HANDOFF_PREFIX, Answer, Situation, ToolOffer, ToolResult, answer, words_of
 from gateway.upstreams.judging import CHAT_PATH
+from gateway.upstreams.relaying import ByteRequest, OnHead
 
 
 class DemoUpstream(Upstream):
@@ -33,19 +34,33 @@ class DemoUpstream(Upstream):
     async def aclose(self) -> None:
         """Do nothing: there is nothing open."""
 
-    async def _post(self, path: str, body: bytes, request_id: str | None, headers: Mapping[str, str] | None) -> bytes:
+    async def fetch_models(self) -> tuple[str, ...]:
+        """See `Upstream.fetch_models`."""
+        return self.config.models or ()
+
+    async def _post(
+        self, path: str, body: bytes, request_id: str | None, headers: Mapping[str, str] | None, on_head: OnHead | None
+    ) -> bytes:
         return _Completion(self._decode(path, body), body).whole()
 
     async def _open(
-        self, path: str, body: bytes, request_id: str | None, headers: Mapping[str, str] | None
+        self, path: str, body: bytes, request_id: str | None, headers: Mapping[str, str] | None, on_head: OnHead | None
     ) -> EventSource:
         return _DemoEvents(_Completion(self._decode(path, body), body).chunks())
 
+    def _relay(
+        self, request: ByteRequest, request_id: str | None, on_head: OnHead | None
+    ) -> AsyncGenerator[bytes, None]:
+        raise self._chat_only()
+
+    def _chat_only(self) -> UpstreamModelNotFound:
+        return UpstreamModelNotFound(
+            f"The demo upstream '{self.name}' only serves chat completions. Add a real upstream to upstreams.yaml."
+        )
+
     def _decode(self, path: str, body: bytes) -> _Request:
         if path != CHAT_PATH:
-            raise UpstreamModelNotFound(
-                f"The demo upstream '{self.name}' only serves chat completions. Add a real upstream to upstreams.yaml."
-            )
+            raise self._chat_only()
         try:
             request = _REQUEST.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -258,6 +258,7 @@ class Connection(asyncio.Protocol):
         self._unproductive = 0
         self._head_bytes = 0
         self._lost = False
+        self._full: asyncio.Future[None] | None = None
 
     def begin(self, exchange: Exchange, head: bytes, body: bytes) -> None:
         """Send a request; the answer goes to ``exchange``."""
@@ -269,6 +270,14 @@ class Connection(asyncio.Protocol):
             self._socket.write(head + body)
         else:
             self._socket.writelines((head, body))
+
+    async def write(self, data: bytes) -> None:
+        """Send a piece of a body, waiting while the other side takes no more; does nothing once the socket is gone."""
+        if self._lost or self._socket is None or self._socket.is_closing():
+            return
+        self._socket.write(data)
+        if self._full is not None:
+            await asyncio.shield(self._full)
 
     def settle(self, exchange: Exchange) -> None:
         """End an exchange: back to the pool if its answer is complete and the socket good, else close."""
@@ -310,6 +319,17 @@ class Connection(asyncio.Protocol):
 
     # asyncio.Protocol
 
+    def pause_writing(self) -> None:
+        """Note that the other side takes no more for now."""
+        if self._full is None:
+            self._full = self.loop.create_future()
+
+    def resume_writing(self) -> None:
+        """Let a writer go on."""
+        full, self._full = self._full, None
+        if full is not None and not full.done():
+            full.set_result(None)
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the socket."""
         self._socket = cast(asyncio.Transport, transport)
@@ -348,6 +368,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the exchange what the end of the connection means for it."""
         self._lost = True
+        self.resume_writing()
         self._owner.discard(self)
         exchange = self._exchange
         if exchange is None:

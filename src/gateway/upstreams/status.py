@@ -1,4 +1,4 @@
-"""What is known of an upstream's health: written by whoever has just asked it, read by routing and by GET /upstreams."""
+"""What is known of an upstream's health: written by whoever just asked it, read by routing and admins."""
 
 from __future__ import annotations
 

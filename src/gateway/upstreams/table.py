@@ -6,14 +6,14 @@ import difflib
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType, TracebackType
 from typing import Self
 
 from gateway.errors import ConfigError
 from gateway.upstreams.client import HttpUpstream, Upstream, UpstreamMetrics
-from gateway.upstreams.config import UpstreamConfig, UpstreamsConfig
+from gateway.upstreams.config import UpstreamConfig, UpstreamsConfig, is_pattern
 from gateway.upstreams.demo import DemoUpstream
 
 
@@ -27,11 +27,15 @@ class ModelBinding:
 
 @dataclass(frozen=True, slots=True)
 class UpstreamModel:
-    """A model an upstream is configured with; ``id`` is ``upstream/model``, ``created`` epoch seconds."""
+    """A model that clients may call: ``id`` is ``upstream/model`` or an alias, ``created`` epoch seconds.
+
+    ``name`` is what it is called at its upstream, or the alias itself.
+    """
 
     id: str
     owned_by: str
     created: int
+    name: str
 
 
 class UnknownUpstream(ConfigError):
@@ -44,13 +48,18 @@ class UnknownModel(ConfigError):
 
 @dataclass(frozen=True, slots=True)
 class UpstreamTable:
-    """The upstreams of one snapshot, in order of priority. ``default`` serves agents that name none."""
+    """The upstreams of one snapshot, in order of priority. ``default`` serves agents that name none.
+
+    ``discovered`` holds what upstreams have listed themselves. It is only ever shown: whether a name is served follows
+    from the configuration alone, so that no answer depends on when a list was fetched.
+    """
 
     upstreams: Mapping[str, Upstream]
     default: Upstream
     aliases: Mapping[str, str]
     default_model: str | None
     created: int
+    discovered: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
 
     def resolve(
         self, name: str | None, *, upstream: str | None = None, default_model: str | None = None
@@ -79,7 +88,10 @@ class UpstreamTable:
         raise UnknownModel(self._advice(name, chosen))
 
     def find_model(self, model_id: str) -> ModelBinding | None:
-        """Bind the id ``upstream/model`` of a raw model, or return None."""
+        """Bind the id of a raw model, or None: an alias that is a name (not a pattern), or ``upstream/model``."""
+        target = self.aliases.get(model_id)
+        if target is not None and not is_pattern(model_id):
+            return self._aliased(target, model_id, None)
         prefix, slash, model = model_id.partition("/")
         upstream = self.upstreams.get(prefix)
         if not slash or not model or upstream is None or not _accepts(upstream, model):
@@ -87,12 +99,24 @@ class UpstreamTable:
         return ModelBinding(upstream, model)
 
     def list_models(self) -> Sequence[UpstreamModel]:
-        """Return the models that the configuration names literally, in order of priority."""
-        return [
-            UpstreamModel(f"{upstream.name}/{model}", upstream.name, self.created)
+        """Return the models that have a name: configured, discovered and served, then aliases; in order of priority."""
+        models = [
+            UpstreamModel(f"{upstream.name}/{model}", upstream.name, self.created, model)
             for upstream in self.upstreams.values()
-            for model in _literal_models(upstream)
+            for model in self._names_of(upstream)
         ]
+        taken = {model.id for model in models}
+        models += [
+            UpstreamModel(alias, target.partition("/")[0], self.created, alias)
+            for alias, target in self.aliases.items()
+            if not is_pattern(alias) and alias not in taken
+        ]
+        return models
+
+    def _names_of(self, upstream: Upstream) -> list[str]:
+        names = _literal_models(upstream)
+        names += [model for model in self.discovered.get(upstream.name, ()) if _accepts(upstream, model)]
+        return list(dict.fromkeys(names))
 
     def _get(self, name: str) -> Upstream:
         upstream = self.upstreams.get(name)
@@ -185,6 +209,15 @@ class OpenUpstreams:
         for upstream in (*self.table.upstreams.values(), *self._retired):
             await upstream.aclose()
 
+    def list_discovered(self, upstream: Upstream, models: tuple[str, ...]) -> UpstreamTable | None:
+        """Note the list of one upstream; return the new table, or None where nothing changed (or it is not served)."""
+        table = self.table
+        if table.upstreams.get(upstream.name) is not upstream or table.discovered.get(upstream.name) == models:
+            return None
+        discovered = MappingProxyType({**table.discovered, upstream.name: models})
+        self._table = replace(table, discovered=discovered)
+        return self._table
+
     async def refresh(self, config: UpstreamsConfig) -> UpstreamTable:
         """Return the table of a new configuration; raise `ConfigError` and keep the old one if it is wrong."""
         old = self.table.upstreams
@@ -207,6 +240,13 @@ class OpenUpstreams:
             aliases=MappingProxyType(dict(config.aliases)),
             default_model=config.default_model,
             created=int(time.time()),
+            discovered=MappingProxyType(
+                {
+                    name: models
+                    for name, models in (self._table.discovered.items() if self._table is not None else ())
+                    if name in upstreams and _same_server(upstreams[name], old[name])
+                }
+            ),
         )
 
     def _open(self, config: UpstreamConfig, old: Upstream | None) -> Upstream:
@@ -222,9 +262,13 @@ def open_upstreams(config: UpstreamsConfig, metrics: UpstreamMetrics | None = No
     return OpenUpstreams(config, metrics)
 
 
+def _same_server(new: Upstream, old: Upstream) -> bool:
+    return bool(new.config.discover) and new.base_url == old.base_url
+
+
 def _literal_models(upstream: Upstream) -> list[str]:
     names = [upstream.config.default_model] if upstream.config.default_model else []
-    names += [model for model in upstream.config.models or () if not any(c in model for c in "*?[")]
+    names += [model for model in upstream.config.models or () if not is_pattern(model)]
     return list(dict.fromkeys(names))
 
 

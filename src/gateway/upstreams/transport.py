@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +81,51 @@ class Transport:
             raise UpstreamUnreachable(
                 f"The upstream '{self.origin.name}' closed the connection without an answer. See whether it is healthy."
             ) from error
+
+    async def upload(self, head: bytes, body: AsyncGenerator[bytes, None], *, chunked: bool) -> Exchange:
+        """Send a request whose body comes piece by piece, on a connection of its own; return at the answer's head.
+
+        A body that fails ends the request and is raised. An upstream that answers before it has read everything is
+        heard at once. Raises as `send` does.
+        """
+        loop, timeouts = asyncio.get_running_loop(), self._timeouts
+        total_at = loop.time() + timeouts.total_s
+        connection = await self._connect(loop, timeouts.connect_s)
+        exchange = Exchange(connection, timeouts, self._limits, total_at)
+        self._active.add(exchange)
+        sending: asyncio.Task[None] | None = None
+        answering: asyncio.Task[None] | None = None
+        try:
+            exchange.expect(timeouts.total_s, "did not take the request in time. Raise timeouts.total_s of it.")
+            connection.begin(exchange, head, b"")
+            sending = asyncio.create_task(_send_body(connection, exchange, body, chunked))
+            answering = asyncio.create_task(exchange.head())
+            await asyncio.wait((sending, answering), return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+                seconds = timeouts.first_byte_s
+                exchange.expect(
+                    seconds, f"sent no answer within {seconds:g} s. Raise timeouts.first_byte_s of this upstream."
+                )
+            await answering
+            if not sending.done():
+                # It has said what it thinks of the request; what was not sent yet spoils the connection.
+                exchange.reusable = False
+            return exchange
+        except BaseException as error:
+            exchange.close()
+            if isinstance(error, ConnectionClosedEarly):
+                raise UpstreamUnreachable(
+                    f"The upstream '{self.origin.name}' closed the connection without an answer. See whether it is "
+                    "healthy."
+                ) from error
+            raise
+        finally:
+            for task in (sending, answering):
+                if task is not None and not task.done():
+                    task.cancel()
+            await asyncio.gather(*(task for task in (sending, answering) if task), return_exceptions=True)
+            await body.aclose()
 
     def retire(self) -> None:
         """Close idle connections and keep no more; answers that are being read go on."""
@@ -199,6 +245,18 @@ class Transport:
         if self._idle:
             delay = max(self._idle[0].idle_since - oldest, 0.1)
             self._sweeper = self._loop.call_later(delay, self._sweep)
+
+
+async def _send_body(
+    connection: Connection, exchange: Exchange, body: AsyncGenerator[bytes, None], chunked: bool
+) -> None:
+    async for piece in body:
+        if piece:
+            await connection.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+        if exchange.closed or not connection.is_open:
+            return
+    if chunked:
+        await connection.write(b"0\r\n\r\n")
 
 
 def open_tls(*, verify: bool, ca_file: str | None) -> ssl.SSLContext:

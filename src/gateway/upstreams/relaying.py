@@ -1,0 +1,45 @@
+"""Requests that are relayed as bytes, and what of an upstream's answer head a client is shown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass
+
+OnHead = Callable[[int, Mapping[bytes, bytes]], None]
+"""Is told status and headers (lower-case names) of a successful answer before its first byte."""
+
+_VALUE = re.compile(rb"[\x20-\x7e]{1,256}")
+_SHOWN = {b"x-request-id": b"x-upstream-request-id", b"openai-processing-ms": b"x-upstream-processing-ms"}
+_RATE_LIMIT = b"x-ratelimit-"
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRequest:
+    """One request whose body the gateway does not model.
+
+    ``path`` follows ``base_url`` and may have a query. ``body`` is whole, or comes piece by piece; then ``length`` is
+    its size, or None where nobody knows it yet (it is sent in chunks).
+    """
+
+    method: str
+    path: str
+    body: bytes | AsyncGenerator[bytes, None] = b""
+    content_type: str | None = None
+    accept: str = "*/*"
+    length: int | None = None
+
+
+def shown_headers(headers: Mapping[bytes, bytes]) -> tuple[tuple[bytes, bytes], ...]:
+    """Return the upstream's ids and limits under names that cannot be taken for the gateway's own."""
+    shown = []
+    for name, value in headers.items():
+        if name.startswith(_RATE_LIMIT):
+            new = b"x-upstream-" + name.removeprefix(b"x-")
+        elif name in _SHOWN:
+            new = _SHOWN[name]
+        else:
+            continue
+        if _VALUE.fullmatch(value):
+            shown.append((new, value))
+    return tuple(shown)
