@@ -212,6 +212,7 @@ def _row(
         generation=number,
         file=dropin.label,
         diagnostics=diagnostics,
+        watch=lambda: tuple(_mcp_troubles(item, dropin)),
     )
     if declaration is None:
         return row
@@ -278,6 +279,15 @@ def _problems(item: Published, dropin: DropIn, table: UpstreamTable, services: A
             line=at,
             is_warning=True,
         )
+    for agent, problem in item.prepared.problems:
+        yield diagnose(
+            dropin,
+            "agent_setup",
+            f"Every run that reaches the agent '{agent}' will fail: {problem}.",
+            f"Change it where '{agent}' is made.",
+            line=at,
+            is_warning=True,
+        )
     for agent in item.prepared.brings_own_model:
         yield diagnose(
             dropin,
@@ -285,6 +295,19 @@ def _problems(item: Published, dropin: DropIn, table: UpstreamTable, services: A
             f"The agent '{agent}' brings a model object of its own: its calls pass by the gateway's upstreams.",
             'Name the model instead: Agent(model="name"), and configure it in upstreams.yaml.',
             line=at,
+            is_warning=True,
+        )
+
+
+def _mcp_troubles(item: Published, dropin: DropIn) -> Iterator[Diagnostic]:
+    """Yield the MCP servers that cannot be reached now; the next run that needs one tries again."""
+    for server, why in item.prepared.executor.mcp_failures().items():
+        yield diagnose(
+            dropin,
+            "mcp_unreachable",
+            f"The MCP server '{server}' of the agent '{item.agent.name}' cannot be reached ({why}).",
+            "Start it, or correct its command or address; the next run that needs it connects again.",
+            kind="dependency",
             is_warning=True,
         )
 

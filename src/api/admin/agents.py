@@ -74,7 +74,8 @@ def _records(gateway: Gateway) -> list[AgentRecord]:
 
 
 def _record(entry: AgentEntry) -> AgentRecord:
-    first = next((item for item in entry.diagnostics if item.severity == "error"), None)
+    diagnostics = entry.list_diagnostics()
+    first = next((item for item in diagnostics if item.severity == "error"), None)
     metadata: dict[str, Any] = {
         "source": entry.source,
         "file": entry.file,
@@ -86,8 +87,8 @@ def _record(entry: AgentEntry) -> AgentRecord:
     }
     if first is not None:
         metadata |= _diagnostic(first)
-    if entry.diagnostics:
-        metadata["diagnostics"] = [_diagnostic(item) for item in entry.diagnostics]
+    if diagnostics:
+        metadata["diagnostics"] = [_diagnostic(item) for item in diagnostics]
     return AgentRecord(
         name=entry.name,
         namespace=entry.namespace,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -66,7 +66,8 @@ class AgentEntry:
 
     ``id`` is ``namespace/slug``. ``model`` is the upstream model that the entry agent resolves to. ``created`` is
     the file's modification time in epoch seconds. ``executor`` is None exactly when ``status`` is ``error``.
-    ``file`` is relative to the discovery root and shown to admins only.
+    ``file`` is relative to the discovery root and shown to admins only. ``watch`` tells what is wrong at this moment
+    and may mend itself, such as an MCP server that cannot be reached; `list_diagnostics` asks it.
     """
 
     id: str
@@ -89,3 +90,8 @@ class AgentEntry:
     content_hash: str = ""
     file: str | None = None
     diagnostics: tuple[Diagnostic, ...] = ()
+    watch: Callable[[], tuple[Diagnostic, ...]] | None = field(default=None, repr=False, compare=False)
+
+    def list_diagnostics(self) -> tuple[Diagnostic, ...]:
+        """Return what the load found and what is wrong now."""
+        return (*self.diagnostics, *self.watch()) if self.watch is not None else self.diagnostics
