@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
-import uuid
 from collections.abc import Mapping
 
 from api.routing import Receive, Request
@@ -13,7 +13,7 @@ from gateway.errors import BodyTooLarge, InvalidRequest, RequestTimedOut, Unauth
 from gateway.security.keys import Caller
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "via")
+_FORWARDED = frozenset({"forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "via"})
 
 
 def read_headers(scope: AsgiScope) -> dict[str, str]:
@@ -24,7 +24,7 @@ def read_headers(scope: AsgiScope) -> dict[str, str]:
 def request_id(headers: Mapping[str, str]) -> str:
     """Return the caller's well-formed ``x-request-id``, else a new one."""
     given = headers.get("x-request-id")
-    return given if given is not None and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return given if given is not None and _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
 
 
 def caller(scope: AsgiScope, headers: Mapping[str, str]) -> Caller:
@@ -37,7 +37,7 @@ def caller(scope: AsgiScope, headers: Mapping[str, str]) -> Caller:
         x_api_key=headers.get("x-api-key"),
         host=headers.get("host"),
         peer=client[0] if client else None,
-        forwarded=any(name in headers for name in _FORWARDED),
+        forwarded=not _FORWARDED.isdisjoint(headers),
         origin=headers.get("origin"),
         fetch_site=headers.get("sec-fetch-site"),
     )

@@ -26,6 +26,10 @@ class ClientGone(Exception):
     """The client closed the connection (or stopped reading) before the answer was complete."""
 
 
+WATCH_AFTER_S = 0.02
+"""Seconds after which a client is watched: a task for every short answer would cost more than it could save."""
+
+
 class Connection:
     """Watches one client while its answer is made; ``async with`` raises `ClientGone` once it has left."""
 
@@ -33,18 +37,21 @@ class Connection:
         self._receive = receive
         self._task: asyncio.Task[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self.gone = False
 
     async def __aenter__(self) -> Connection:
         self._task = asyncio.current_task()
-        self._watcher = asyncio.create_task(self._watch())
+        self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._start)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._watcher is not None and self._task is not None
-        self._watcher.cancel()
+        assert self._timer is not None and self._task is not None
+        self._timer.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
         if self.gone and isinstance(error, asyncio.CancelledError) and self._task.uncancel() == 0:
             raise ClientGone from error
 
@@ -53,6 +60,9 @@ class Connection:
         if not self.gone and self._task is not None:
             self.gone = True
             self._task.cancel()
+
+    def _start(self) -> None:
+        self._watcher = asyncio.create_task(self._watch())
 
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
