@@ -21,8 +21,11 @@ def public(error: BaseException) -> GatewayError:
 
 
 def error_object(error: GatewayError) -> dict[str, Any]:
-    """Return ``{"error": {message, type, param, code}}``."""
-    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+    """Return ``{"error": {message, type, param, code}}``; what an upstream said to a relayed call stays as it was."""
+    shown: dict[str, Any] = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    if error.is_relayed and error.upstream_error is not None:
+        return {"error": {**shown, **error.upstream_error}}
+    return {"error": shown}
 
 
 def error_response(error: GatewayError) -> Response:
@@ -36,5 +39,7 @@ def error_response(error: GatewayError) -> Response:
         headers.append((b"x-should-retry", b"true" if error.should_retry else b"false"))
     if isinstance(error, MethodNotAllowed):
         headers.append((b"allow", b"GET, POST"))
+    if error.is_relayed:
+        headers.extend(error.upstream_headers)
     result: Headers = tuple(headers)
     return Response(msgspec.json.encode(error_object(error)), error.status, headers=result)

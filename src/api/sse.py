@@ -71,7 +71,7 @@ class Connection:
 
 
 class EventStream:
-    """Writes one event stream; use inside a `Connection`."""
+    """Writes one event stream; use inside a `Connection`. ``headers`` go out beside the stream's own."""
 
     def __init__(self, send: Send, connection: Connection, ping_s: float) -> None:
         self._send = send
@@ -83,13 +83,14 @@ class EventStream:
         self._ping: asyncio.Task[None] | None = None
         self._timer = self._loop.call_later(ping_s, self._tick)
         self.started = False
+        self.headers: Headers = ()
 
     async def write(self, data: bytes, *, more: bool = True) -> None:
         """Send bytes, waiting while the client's buffer is full."""
         self._last = self._sending_since = self._loop.time()
         if not self.started:
             self.started = True
-            await self._send({"type": "http.response.start", "status": 200, "headers": list(_HEAD)})
+            await self._send({"type": "http.response.start", "status": 200, "headers": [*_HEAD, *self.headers]})
         await self._send({"type": "http.response.body", "body": data, "more_body": more})
         self._sending_since = None
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from msgspec import Raw
 
-from gateway.chat import ChatRequest, RelayRequest, decode_chat, decode_model, decode_relay
+from gateway.chat import CHAT_PATH, ChatRequest, RelayRequest, decode_chat, decode_model, decode_relay
 from gateway.config import Settings
-from gateway.errors import AgentMisconfigured, ConfigError, ModelNotAllowed, ModelNotFound
+from gateway.errors import AgentMisconfigured, ConfigError, ModelNotAllowed, ModelNotFound, UnsupportedValue
 from gateway.principal import Principal
 from gateway.registry.entry import AgentEntry
 from gateway.run import Executor, Run
@@ -26,7 +26,7 @@ from gateway.upstreams.table import ModelBinding
 class Call:
     """One request at the door: who, what, and the headers an agent may see.
 
-    ``body`` is the JSON text that ``fields`` was cut from.
+    ``body`` is the JSON text that ``fields`` was cut from, ``path`` the surface, without ``/v1``.
     """
 
     principal: Principal
@@ -35,6 +35,7 @@ class Call:
     fields: dict[str, Raw]
     headers: Mapping[str, str]
     session_id: str | None = None
+    path: str = CHAT_PATH
 
 
 def admit(call: Call, snapshot: Snapshot, settings: Settings) -> tuple[Run, Executor]:
@@ -49,6 +50,8 @@ def admit(call: Call, snapshot: Snapshot, settings: Settings) -> tuple[Run, Exec
     executor: Executor
     metadata: Mapping[str, str] = {}
     if isinstance(target, AgentEntry):
+        if call.path != CHAT_PATH:
+            raise agents_chat_only(target)
         if target.executor is None:
             raise AgentMisconfigured(
                 f"The agent '{target.id}' did not load, so it cannot answer. Its author finds the reason, with file "
@@ -59,7 +62,7 @@ def admit(call: Call, snapshot: Snapshot, settings: Settings) -> tuple[Run, Exec
         deadline_s = min(target.options.timeout_s or settings.run_timeout_s, settings.run_timeout_s)
         metadata = request.metadata or {}
     else:
-        request = decode_relay(name, call.fields)
+        request = decode_relay(name, call.fields, call.path)
         model, executor, streamed = name, RelayExecutor(target), request.stream
         deadline_s = settings.run_timeout_s
     run = Run(
@@ -99,6 +102,15 @@ def authorize_model(name: str, principal: Principal, snapshot: Snapshot) -> Agen
             param="model",
         )
     return target
+
+
+def agents_chat_only(entry: AgentEntry) -> UnsupportedValue:
+    """Return the refusal of an agent's id on a surface that only raw models have."""
+    return UnsupportedValue(
+        f"The model '{entry.id}' is an agent, and agents answer on /v1/chat/completions. Name a raw model here: one "
+        "that GET /v1/models lists with the kind 'upstream'.",
+        param="model",
+    )
 
 
 def _not_found(name: str, principal: Principal, snapshot: Snapshot) -> str:

@@ -18,6 +18,12 @@ from msgspec import Meta, Raw, Struct
 
 from gateway.errors import InvalidRequest, UnsupportedParameter, UnsupportedValue
 
+CHAT_PATH = "/chat/completions"
+COMPLETIONS_PATH = "/completions"
+EMBEDDINGS_PATH = "/embeddings"
+STREAMED_PATHS = frozenset({CHAT_PATH, COMPLETIONS_PATH})
+"""Where ``stream`` and ``stream_options`` mean something to the gateway."""
+
 FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")]
 
 
@@ -286,12 +292,16 @@ OFFICIAL_FIELDS = frozenset(f.name for f in msgspec.structs.fields(ChatRequest))
 
 
 class RelayRequest(Struct, frozen=True, kw_only=True):
-    """A chat request for a raw upstream model: only what the gateway must know; the rest is relayed as it came."""
+    """A request for a raw upstream model: only what the gateway must know; the rest is relayed as it came.
+
+    ``path`` follows the upstream's base URL.
+    """
 
     model: str
     fields: dict[str, Raw]
     stream: bool = False
     include_usage: bool = False
+    path: str = CHAT_PATH
 
 
 class _Key(str):
@@ -346,8 +356,10 @@ def decode_flag(fields: Mapping[str, Raw], name: str) -> bool:
     return bool(_decode(raw, bool | None, name)) if raw is not None else False
 
 
-def decode_relay(model: str, fields: dict[str, Raw]) -> RelayRequest:
+def decode_relay(model: str, fields: dict[str, Raw], path: str = CHAT_PATH) -> RelayRequest:
     """Decode what a relayed request needs; every other field stays a raw slice."""
+    if path not in STREAMED_PATHS:
+        return RelayRequest(model=model, fields=fields, path=path)
     options = fields.get("stream_options")
     parsed = _decode(options, StreamOptions | None, "stream_options") if options is not None else None
     return RelayRequest(
@@ -355,6 +367,7 @@ def decode_relay(model: str, fields: dict[str, Raw]) -> RelayRequest:
         fields=fields,
         stream=decode_flag(fields, "stream"),
         include_usage=bool(parsed and parsed.include_usage),
+        path=path,
     )
 
 

@@ -42,7 +42,8 @@ a path of the server or an upstream's own headers.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 FaultDomain = Literal["caller", "policy", "upstream", "own"]
 
@@ -52,7 +53,9 @@ class GatewayError(Exception):
 
     ``param`` names the request field at fault. ``should_retry`` becomes ``x-should-retry``: ``False`` after
     a side effect or where a retry cannot help; ``None`` leaves the choice to the client. ``retry_after_s``
-    (seconds) becomes ``retry-after``.
+    (seconds) becomes ``retry-after``. ``upstream_error`` is the error object of an upstream that blames the request or
+    its rate, keys masked, and ``upstream_headers`` its ids and limits; both are shown instead of our own words where
+    the call was relayed (``is_relayed``).
     """
 
     status: int = 500
@@ -80,6 +83,9 @@ class GatewayError(Exception):
             self.status = status
         self.retry_after_s = retry_after_s
         self.should_retry = self.default_should_retry if should_retry is None else should_retry
+        self.upstream_error: Mapping[str, Any] | None = None
+        self.upstream_headers: tuple[tuple[bytes, bytes], ...] = ()
+        self.is_relayed = False
 
 
 class InvalidRequest(GatewayError):

@@ -1,8 +1,8 @@
 """RunEvent: the one stream that every executor yields and every surface encodes.
 
-An executor yields zero or more deltas and calls, then exactly one `RunFinished` (or, for a relayed upstream,
-`RelayedBody` / `RelayEnded`); a failure is a raised `GatewayError`. Whoever matches on `RunEvent` ends with
-`assert_never`, so that a new event is a type error until every surface says what it does with it.
+An executor yields zero or more deltas and calls, then exactly one `RunFinished` (or, for a relayed upstream, a
+`RelayedHead` first and `RelayedBody` / `RelayEnded` last); a failure is a raised `GatewayError`. Whoever matches on
+`RunEvent` ends with `assert_never`, so that a new event is a type error until every surface says what it does with it.
 """
 
 from __future__ import annotations
@@ -97,6 +97,18 @@ class AgentSwitched:
 
 
 @dataclass(frozen=True, slots=True)
+class Routed:
+    """A model call was served by this upstream, or given up there; comes before the answer's first event.
+
+    ``attempts`` counts the requests that went out for it, to any upstream.
+    """
+
+    upstream: str
+    model: str
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
 class RunFinished:
     """The answer is complete. ``usage`` is None only where no model was called."""
 
@@ -105,8 +117,20 @@ class RunFinished:
 
 
 @dataclass(frozen=True, slots=True)
+class RelayedHead:
+    """A raw upstream model has begun to answer; comes before anything else of a relayed run.
+
+    ``headers`` are for the client (``x-upstream-…``). ``status`` and ``content_type`` count where the answer is bytes.
+    """
+
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    status: int = 200
+    content_type: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RelayedChunk:
-    """One judged stream event of a raw upstream model: the JSON after ``data: ``, ready to send."""
+    """One judged stream event of a raw upstream model (the JSON after ``data: ``), or a piece of an answer in bytes."""
 
     data: bytes
 
@@ -136,7 +160,9 @@ RunEvent = (
     | ToolStarted
     | ToolFinished
     | AgentSwitched
+    | Routed
     | RunFinished
+    | RelayedHead
     | RelayedChunk
     | RelayEnded
     | RelayedBody

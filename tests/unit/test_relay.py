@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from gateway.chat import decode_body, decode_model, decode_relay
+from api.errors import error_response
+from gateway.chat import CHAT_PATH, decode_body, decode_model, decode_relay
 from gateway.errors import GatewayError, UpstreamError, UpstreamIncomplete
-from gateway.events import RelayedBody, RelayedChunk, RelayEnded, RunEvent, Usage
+from gateway.events import RelayedBody, RelayedChunk, RelayedHead, RelayEnded, RunEvent, Usage
 from gateway.principal import Principal
 from gateway.run import Run
 from gateway.runs.relay import RelayExecutor
@@ -21,7 +22,7 @@ from gateway.upstreams.table import ModelBinding
 from tests.support.scripted_answers import LAST, STREAM_HEAD, Answer, Call, chunk, sse, status
 from tests.support.scripted_faults import fault
 from tests.support.scripted_upstream import ScriptedUpstream
-from tests.support.upstream_calls import connected
+from tests.support.upstream_calls import UPSTREAM_KEY, connected
 
 USAGE = {
     "prompt_tokens": 11,
@@ -39,9 +40,9 @@ def scripted() -> Iterator[ScriptedUpstream]:
         yield upstream
 
 
-def run_of(body: bytes) -> Run:
+def run_of(body: bytes, path: str = CHAT_PATH) -> Run:
     fields = decode_body(body)
-    request = decode_relay(decode_model(fields), fields)
+    request = decode_relay(decode_model(fields), fields, path)
     return Run(
         id=uuid.uuid4(),
         request_id="req-1",
@@ -64,7 +65,65 @@ def relay_bytes(scripted: ScriptedUpstream, body: bytes, passthrough_keys: tuple
         async with connected(scripted.base_url, passthrough_keys=passthrough_keys) as upstream:
             return [event async for event in RelayExecutor(ModelBinding(upstream, "real-m")).execute(run_of(body))]
 
-    return asyncio.run(main())
+    events = asyncio.run(main())
+    assert isinstance(events[0], RelayedHead)
+    return events[1:]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_ids_and_limits_of_the_upstream_go_out_under_names_of_their_own(
+    scripted: ScriptedUpstream, streamed: bool
+) -> None:
+    given = {
+        "x-request-id": "req_up",
+        "x-ratelimit-remaining-tokens": "17",
+        "openai-processing-ms": "3",
+        "x-upstream-secret": "no",
+        "set-cookie": "no",
+        "x-ratelimit-odd": "caf\u00e9",
+    }
+    head = STREAM_HEAD.replace(
+        b"\r\n\r\n", "".join(f"\r\n{k}: {v}" for k, v in given.items()).encode("latin-1") + b"\r\n\r\n"
+    )
+    steps = [head, *sse(chunk({"content": "x"}, "stop")), *sse(b"[DONE]"), LAST]
+    scripted.enqueue(Answer(steps=lambda _: steps) if streamed else Answer(text="x", headers=given))
+
+    async def main() -> list[RunEvent]:
+        body = json.dumps({"model": "up/m", "messages": [], "stream": streamed}).encode()
+        async with connected(scripted.base_url) as upstream:
+            events = RelayExecutor(ModelBinding(upstream, "real-m")).execute(run_of(body))
+            return [event async for event in events]
+
+    first = asyncio.run(main())[0]
+    assert isinstance(first, RelayedHead)
+    assert dict(first.headers) == {
+        b"x-upstream-request-id": b"req_up",
+        b"x-upstream-ratelimit-remaining-tokens": b"17",
+        b"x-upstream-processing-ms": b"3",
+    }
+
+
+@pytest.mark.parametrize("code", [400, 413, 422, 429])
+def test_an_error_object_stays_as_it_was(scripted: ScriptedUpstream, code: int) -> None:
+    said = {"message": f"no, {UPSTREAM_KEY}", "type": "odd_type", "param": "p", "code": 7, "extra": {"a": [1]}}
+    scripted.enqueue(Answer(status=code, body={"error": said}, headers={"retry-after": "3", "x-request-id": "req_up"}))
+    with pytest.raises(GatewayError) as caught:
+        relay(scripted)
+    answer = error_response(caught.value)
+    assert answer.status == code
+    assert json.loads(answer.body) == {"error": said | {"message": "no, ***"}}
+    assert dict(answer.headers)[b"x-upstream-request-id"] == b"req_up"
+    assert (b"retry-after" in dict(answer.headers)) == (code == 429)
+
+
+@pytest.mark.parametrize(("code", "expected"), [(401, 502), (403, 502), (404, 502), (500, 502), (503, 503)])
+def test_what_is_not_the_clients_fault_is_mapped(scripted: ScriptedUpstream, code: int, expected: int) -> None:
+    scripted.enqueue(Answer(status=code, body={"error": {"message": "canary", "type": "canary", "x": 1}}))
+    with pytest.raises(GatewayError) as caught:
+        relay(scripted)
+    answer = error_response(caught.value)
+    assert answer.status == expected
+    assert "x" not in json.loads(answer.body)["error"]
 
 
 def chunks_of(events: list[RunEvent]) -> list[Any]:

@@ -11,6 +11,7 @@ from typing import Any, assert_never
 import msgspec
 
 from api.errors import error_object
+from api.routing import Headers
 from gateway.errors import GatewayError
 from gateway.events import (
     AgentSwitched,
@@ -18,7 +19,9 @@ from gateway.events import (
     RefusalDelta,
     RelayedBody,
     RelayedChunk,
+    RelayedHead,
     RelayEnded,
+    Routed,
     RunEvent,
     RunFinished,
     TextDelta,
@@ -49,6 +52,14 @@ def usage_object(usage: Usage | None) -> dict[str, Any]:
         "prompt_tokens_details": {"cached_tokens": usage.cached_input_tokens},
         "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
+
+
+def routed_headers(event: Routed) -> Headers:
+    """Return the headers that say who served a model call; the last call of an answer counts."""
+    return (
+        (b"x-gateway-upstream", f"{event.upstream}/{event.model}".encode("ascii", "replace")),
+        (b"x-gateway-attempts", str(event.attempts).encode()),
+    )
 
 
 def encode_error(error: GatewayError) -> bytes:
@@ -93,7 +104,7 @@ class ChunkEncoder:
                 return b"data: " + data + b"\n\n"
             case RelayEnded():
                 return DONE
-            case ToolStarted() | ToolFinished() | AgentSwitched():
+            case ToolStarted() | ToolFinished() | AgentSwitched() | RelayedHead() | Routed():
                 return b""
             case RelayedBody():
                 raise TypeError("a whole body in a streamed run")
@@ -127,6 +138,7 @@ class CompletionBuilder:
         self._refusal: list[str] = []
         self._tool_calls: list[dict[str, Any]] = []
         self._body: bytes | None = None
+        self.headers: Headers = ()
 
     async def add(self, event: RunEvent) -> None:
         """Take one event of the run."""
@@ -143,6 +155,10 @@ class CompletionBuilder:
                 self._body = self._finish(finish_reason, usage)
             case RelayedBody(data):
                 self._body = data
+            case RelayedHead(headers):
+                self.headers += headers
+            case Routed():
+                self.headers += routed_headers(event)
             case ToolStarted() | ToolFinished() | AgentSwitched():
                 pass
             case RelayedChunk() | RelayEnded():

@@ -10,9 +10,9 @@ from api.errors import public
 from api.routing import Request, Response
 from api.sse import ClientGone, Connection, EventStream
 from gateway.admission import Call, admit
-from gateway.chat import ChatRequest, RelayRequest, decode_body
+from gateway.chat import CHAT_PATH, ChatRequest, RelayRequest, decode_body
 from gateway.errors import GatewayError, ModelNotFound
-from gateway.events import RunEvent
+from gateway.events import RelayedHead, RunEvent
 from gateway.observability.logs import log_event
 from gateway.run import Executor, Run
 
@@ -20,7 +20,15 @@ _log = logging.getLogger("api.chat_completions")
 
 
 async def create_chat_completion(request: Request) -> Response | None:
-    """Admit the request, run it, and answer; nothing is sent before the first event of a stream."""
+    """Answer a conversation."""
+    return await serve_model_call(request, CHAT_PATH)
+
+
+async def serve_model_call(request: Request, path: str) -> Response | None:
+    """Admit the request, run it, and answer; nothing is sent before the first event of a stream.
+
+    ``path`` is the surface, without ``/v1``; only chat has agents.
+    """
     body = await read_body(request)
     settings = request.gateway.settings
     call = Call(
@@ -30,6 +38,7 @@ async def create_chat_completion(request: Request) -> Response | None:
         fields=decode_body(body),
         headers={name: request.headers[name] for name in settings.header_allowlist if name in request.headers},
         session_id=session_id(request.headers),
+        path=path,
     )
     run, executor = await _admit_when_loaded(request, call)
     try:
@@ -39,7 +48,7 @@ async def create_chat_completion(request: Request) -> Response | None:
                 return None
             builder = CompletionBuilder(run)
             await request.gateway.engine.execute(run, executor, builder.add)
-            return Response(builder.body())
+            return Response(builder.body(), headers=builder.headers)
     except ClientGone:
         log_event(_log, "http.client.gone", run_id=run.id.hex, model=run.model)
         return None
@@ -62,6 +71,8 @@ async def _stream(request: Request, run: Run, executor: Executor, connection: Co
     stream = EventStream(request.send, connection, request.gateway.settings.ping_s)
 
     async def emit(event: RunEvent) -> None:
+        if isinstance(event, RelayedHead):
+            stream.headers += event.headers
         data = encoder.encode(event)
         if data:
             await stream.write(data)

@@ -7,17 +7,18 @@ in and keys that no client knows out.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
 from typing import Any
 
 import msgspec
 from msgspec import Raw, Struct
 
-from gateway.chat import RelayRequest
+from gateway.chat import STREAMED_PATHS, RelayRequest
 from gateway.errors import GatewayError, UpstreamMalformed
-from gateway.events import RelayedBody, RelayedChunk, RelayEnded, RunEvent, Usage
+from gateway.events import RelayedBody, RelayedChunk, RelayedHead, RelayEnded, RunEvent, Usage
 from gateway.run import Run
+from gateway.upstreams.relaying import OnHead, shown_headers
 from gateway.upstreams.table import ModelBinding
 
 CHUNK_KEYS = frozenset(
@@ -38,7 +39,7 @@ CHUNK_KEYS = frozenset(
 
 
 class RelayExecutor:
-    """Relays one chat request to one upstream model.
+    """Relays one JSON request (chat, completions, embeddings) to one upstream model.
 
     ``passthrough_keys`` are further top-level chunk keys that reach the client; default: those of the upstream.
     """
@@ -49,20 +50,39 @@ class RelayExecutor:
         self._keys = CHUNK_KEYS.union(extra) - {"error"}
 
     async def execute(self, run: Run) -> AsyncIterator[RunEvent]:
-        """Yield chunks and `RelayEnded`, or one `RelayedBody`."""
+        """Yield `RelayedHead`, then chunks and `RelayEnded`, or one `RelayedBody`."""
         request = run.request
         if not isinstance(request, RelayRequest):
             raise GatewayError("A raw upstream model serves relayed requests only.")
-        upstream = self._binding.upstream
-        body = self._body(request, run.streamed)
-        if not run.streamed:
-            yield _relayed_body(await upstream.chat(body, request_id=run.request_id), run.model, upstream.name)
-            return
+        try:
+            if run.streamed:
+                async with aclosing(self._stream(run, request)) as events:
+                    async for event in events:
+                        yield event
+            else:
+                for event in await self._whole(run, request):
+                    yield event
+        except GatewayError as error:
+            error.is_relayed = True
+            raise
+
+    async def _whole(self, run: Run, request: RelayRequest) -> tuple[RunEvent, RunEvent]:
+        upstream, heads = self._binding.upstream, list[RelayedHead]()
+        body = self._body(request, streamed=False)
+        data = await upstream.post(request.path, body, request_id=run.request_id, on_head=_keep_in(heads))
+        return heads[0] if heads else RelayedHead(), _relayed_body(data, run.model, upstream.name)
+
+    async def _stream(self, run: Run, request: RelayRequest) -> AsyncGenerator[RunEvent, None]:
+        upstream, heads = self._binding.upstream, list[RelayedHead]()
         cutter = _ChunkCutter(run.model, upstream.name, self._keys, request.include_usage)
-        async with aclosing(upstream.chat_stream(body, request_id=run.request_id)) as chunks:
+        body = self._body(request, streamed=True)
+        chunks = upstream.stream(request.path, body, request_id=run.request_id, on_head=_keep_in(heads))
+        async with aclosing(chunks):
             async for data in chunks:
                 chunk = cutter.cut(data)
                 if chunk is not None:
+                    if heads:
+                        yield heads.pop()
                     yield RelayedChunk(chunk)
         last = cutter.usage_chunk()
         if last is not None:
@@ -72,6 +92,8 @@ class RelayExecutor:
     def _body(self, request: RelayRequest, streamed: bool) -> bytes:
         fields: dict[str, Any] = {str(name): raw for name, raw in request.fields.items()}
         fields["model"] = self._binding.model
+        if request.path not in STREAMED_PATHS:
+            return msgspec.json.encode(fields)
         if streamed:
             # The usage numbers are wanted here in any case; a client that did not ask never sees the chunk.
             given = fields.get("stream_options")
@@ -82,6 +104,10 @@ class RelayExecutor:
             fields.pop("stream", None)
             fields.pop("stream_options", None)
         return msgspec.json.encode(fields)
+
+
+def _keep_in(heads: list[RelayedHead]) -> OnHead:
+    return lambda status, headers: heads.append(RelayedHead(shown_headers(headers)))
 
 
 class _Details(Struct):

@@ -14,12 +14,13 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from gateway.chat import CHAT_PATH
 from gateway.errors import AgentMisconfigured, ConfigError, GatewayError, UpstreamMalformed
 from gateway.observability.logs import log_event
 from gateway.upstreams.config import HEADER_NAME, HEADER_VALUE, OWN_HEADERS, Api, UpstreamConfig
 from gateway.upstreams.failures import failure_of_status, retry_after_s
 from gateway.upstreams.http1 import Exchange
-from gateway.upstreams.judging import CHAT_PATH, judge_for
+from gateway.upstreams.judging import judge_for
 from gateway.upstreams.keys import UpstreamKey, UpstreamKeys
 from gateway.upstreams.model_list import read_model_list
 from gateway.upstreams.presets import PRESETS, Preset

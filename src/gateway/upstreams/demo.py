@@ -15,10 +15,10 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
+from gateway.chat import CHAT_PATH
 from gateway.errors import UpstreamModelNotFound, UpstreamRejected
 from gateway.upstreams.client import EventSource, Upstream
 from gateway.upstreams.demo_script import HANDOFF_PREFIX, Answer, Situation, ToolOffer, ToolResult, answer, words_of
-from gateway.upstreams.judging import CHAT_PATH
 from gateway.upstreams.relaying import ByteRequest, OnHead
 
 

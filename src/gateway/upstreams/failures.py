@@ -22,6 +22,7 @@ from gateway.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
+from gateway.upstreams.relaying import shown_headers
 
 LONGEST_WAIT_S = 86_400.0
 """A ``retry-after`` beyond a day is taken for nonsense."""
@@ -29,6 +30,9 @@ LONGEST_WAIT_S = 86_400.0
 _LONGEST_MESSAGE = 2_000
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 _CODE = re.compile(r"^[A-Za-z0-9_.:-]{1,64}$")
+_INTACT = frozenset({400, 413, 422, 429})
+"""Refusals of what the client sent, or of how often: the upstream's own error object says it best."""
+
 _QUOTA_CODES = frozenset({"insufficient_quota", "billing_hard_limit_reached", "credit_balance_exhausted"})
 _CONTEXT_LENGTH = re.compile(
     r"maximum context length|context length of|exceeds? the (available )?context|context (window|size) .{0,40}exceed",
@@ -39,11 +43,12 @@ _CONTEXT_LENGTH = re.compile(
 class Complaint:
     """What an upstream's error object says, made safe to repeat: ``secrets`` (our key) are masked."""
 
-    __slots__ = ("code", "message", "param", "status", "type")
+    __slots__ = ("code", "message", "original", "param", "status", "type")
 
     def __init__(self, error: Any, secrets: tuple[str, ...]) -> None:
         fields = error if isinstance(error, dict) else {"message": error}
         message = fields.get("message") or fields.get("detail") or ""
+        self.original = _masked(fields, secrets) if isinstance(fields.get("message"), str) else None
         self.message = _clean(message if isinstance(message, str) else "", secrets)
         self.param = _word(fields.get("param"), _LONGEST_MESSAGE, secrets)
         self.type = _word(fields.get("type"), 64, secrets)
@@ -76,7 +81,11 @@ def failure_of_status(
             should_retry=False,
         )
     complaint = Complaint.of_body(body, secrets)
-    return _failure(name, status, complaint, retry_after_s(headers), _model_of(asked))
+    failure = _failure(name, status, complaint, retry_after_s(headers), _model_of(asked))
+    failure.upstream_headers = shown_headers(headers)
+    if status in _INTACT:
+        failure.upstream_error = complaint.original
+    return failure
 
 
 def failure_of_object(name: str, error: Any, *, secrets: tuple[str, ...]) -> GatewayError:
@@ -158,6 +167,17 @@ def _clean(text: str, secrets: tuple[str, ...]) -> str:
         text = text.replace(secret, "***")
     text = _CONTROL.sub(" ", text).encode("utf-8", "replace").decode()
     return text if len(text) <= _LONGEST_MESSAGE else text[: _LONGEST_MESSAGE - 1] + "…"
+
+
+def _masked(fields: dict[str, Any], secrets: tuple[str, ...]) -> dict[str, Any] | None:
+    text = msgspec.json.encode(fields)
+    for secret in secrets:
+        text = text.replace(secret.encode(), b"***")
+    try:
+        masked: dict[str, Any] = msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return None
+    return masked
 
 
 def _word(value: Any, longest: int, secrets: tuple[str, ...]) -> str | None:

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 import msgspec
 from msgspec import Raw, Struct
 
+from gateway.chat import CHAT_PATH, COMPLETIONS_PATH, EMBEDDINGS_PATH
 from gateway.errors import GatewayError, UpstreamIncomplete, UpstreamMalformed
 from gateway.upstreams.failures import failure_of_object
 
-CHAT_PATH = "/chat/completions"
 RESPONSES_PATH = "/responses"
 
 
@@ -83,6 +83,9 @@ class JsonJudge:
 class ChatJudge(JsonJudge):
     """Chat Completions: every choice that began must end with a ``finish_reason``."""
 
+    whole = "a chat completion"
+    part = "message"
+
     def __init__(self, upstream: str, secrets: tuple[str, ...]) -> None:
         super().__init__(upstream, secrets)
         self._open: set[int] = set()
@@ -94,12 +97,12 @@ class ChatJudge(JsonJudge):
         if _is_error(answer.error):
             raise self._said(answer.error)
         if answer.choices is None:
-            raise self._malformed("is not a chat completion (it has no 'choices')")
+            raise self._malformed(f"is not {self.whole} (it has no 'choices')")
         if not answer.choices:
             raise self._cut("sent an answer without any choice")
         for choice in answer.choices:
-            if bytes(choice.message) == b"null":
-                raise self._malformed("is not a chat completion (a choice has no 'message')")
+            if bytes(getattr(choice, self.part)) == b"null":
+                raise self._malformed(f"is not {self.whole} (a choice has no '{self.part}')")
             if not choice.finish_reason:
                 raise self._cut("sent an answer without a finish_reason, so it may be cut")
 
@@ -125,6 +128,25 @@ class ChatJudge(JsonJudge):
             )
         if self._open:
             raise self._cut("ended its stream before every choice was finished")
+
+
+class CompletionsJudge(ChatJudge):
+    """Legacy completions: as chat, with a ``text`` in each choice."""
+
+    whole = "a completion"
+    part = "text"
+
+
+class EmbeddingsJudge(JsonJudge):
+    """Embeddings: a list, though it may be empty."""
+
+    def body(self, data: bytes) -> None:
+        """Judge a whole answer."""
+        answer = self._decode(_EMBEDDINGS, data)
+        if _is_error(answer.error):
+            raise self._said(answer.error)
+        if answer.data is None:
+            raise self._malformed("is not a list of embeddings (it has no 'data')")
 
 
 class ResponsesJudge(JsonJudge):
@@ -165,7 +187,12 @@ class ResponsesJudge(JsonJudge):
 _NULL = Raw(b"null")
 
 
-_JUDGES: dict[str, type[JsonJudge]] = {CHAT_PATH: ChatJudge, RESPONSES_PATH: ResponsesJudge}
+_JUDGES: dict[str, type[JsonJudge]] = {
+    CHAT_PATH: ChatJudge,
+    COMPLETIONS_PATH: CompletionsJudge,
+    EMBEDDINGS_PATH: EmbeddingsJudge,
+    RESPONSES_PATH: ResponsesJudge,
+}
 
 
 class _Answer(Struct):
@@ -175,10 +202,16 @@ class _Answer(Struct):
 class _Choice(Struct):
     finish_reason: str | None = None
     message: Raw = _NULL
+    text: Raw = _NULL
 
 
 class _Chat(Struct):
     choices: list[_Choice] | None = None
+    error: Raw = _NULL
+
+
+class _Embeddings(Struct):
+    data: list[Raw] | None = None
     error: Raw = _NULL
 
 
@@ -206,6 +239,7 @@ class _ResponseEvent(Struct):
 
 _ANSWER = msgspec.json.Decoder(_Answer)
 _CHAT = msgspec.json.Decoder(_Chat)
+_EMBEDDINGS = msgspec.json.Decoder(_Embeddings)
 _CHUNK = msgspec.json.Decoder(_Chunk)
 _RESPONSE = msgspec.json.Decoder(_Response)
 _RESPONSE_EVENT = msgspec.json.Decoder(_ResponseEvent)
