@@ -20,6 +20,7 @@ from gateway.registry.loading import DropIn, LoadFailed
 from gateway.registry.policy import ModulePolicy
 from sdk_adapter.diagnosis import diagnose, explain, label
 from sdk_adapter.exports import Export, call_factory, check_agent, find_exports, read_options
+from sdk_adapter.importing import importing
 from sdk_adapter.modules import DropInFinder, Generation, ModuleBlocked, SourceChanged
 
 T = TypeVar("T")
@@ -75,8 +76,8 @@ async def _build(
         try:
             exports = find_exports(module, dropin, names)
             options, warnings = read_options(module, dropin)
-        except LoadFailed:
-            raise
+        except LoadFailed as error:
+            raise LoadFailed(*error.diagnostics, *_stop_warnings(generation)) from error
         except BaseException as error:
             raise LoadFailed(explain(error, dropin, generation)) from error
         return [(export, _make(export, generation)) for export in exports], options, warnings
@@ -88,7 +89,8 @@ async def _build(
     except TimeoutError as error:
         place = _standing(threads, generation)
         raise LoadFailed(timed_out(dropin, timeout_s, *place)) from error
-    return Built(generation, tuple(agents), options, (*warnings, *_shadow_warnings(generation)))
+    found = (*warnings, *_stop_warnings(generation), *_shadow_warnings(generation))
+    return Built(generation, tuple(agents), options, found)
 
 
 def timed_out(dropin: DropIn, timeout_s: float, file: str | None = None, line: int | None = None) -> Diagnostic:
@@ -157,7 +159,8 @@ def check_policy(generation: Generation, policy: ModulePolicy) -> None:
 
 def _import(generation: Generation) -> ModuleType:
     try:
-        return generation.import_entry()
+        with importing():
+            return generation.import_entry()
     except SourceChanged:
         raise
     except BaseException as error:
@@ -189,6 +192,22 @@ async def _finish(value: Any, export: Export, generation: Generation, timeout_s:
     except BaseException as error:
         what = f"factory '{export.attribute}'"
         raise LoadFailed(explain(error, generation.dropin, generation, what=what)) from error
+
+
+def _stop_warnings(generation: Generation) -> tuple[Diagnostic, ...]:
+    return tuple(
+        diagnose(
+            generation.dropin,
+            "run_at_import",
+            "The file runs an agent when it is imported. It was read up to that line; what follows was not executed.",
+            'Put what runs the agent under: if __name__ == "__main__":',
+            kind="import",
+            file=label(path, generation.dropin),
+            line=line,
+            is_warning=True,
+        )
+        for path, line in generation.stops.items()
+    )
 
 
 def _shadow_warnings(generation: Generation) -> tuple[Diagnostic, ...]:

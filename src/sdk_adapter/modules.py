@@ -31,6 +31,7 @@ from types import CodeType, ModuleType
 from gateway.registry.discovery import MAX_SOURCE_BYTES, escapes, name_spellings
 from gateway.registry.loading import DropIn
 from gateway.registry.policy import ModulePolicy, Violation, iter_imports
+from sdk_adapter.importing import RunAtImport, stopped_line
 
 _SHARED = frozenset({"agents", "api", "gateway", "gateway_cli", "sdk_adapter", "__main__"})
 """The SDK's and our own top-level names: one copy in the process, whatever lies in a drop-in's folder."""
@@ -86,6 +87,8 @@ class DropInFinder(MetaPathFinder):
 class Generation:
     """The modules of one load. ``files`` holds what was read so far, with its SHA-256.
 
+    ``stops`` are the lines at which files began to run an agent: they were executed up to there.
+
     ``expected`` is what the pre-flight read: a file that differs raises `SourceChanged`; one that the pre-flight did
     not see is judged by ``policy`` before it runs.
     """
@@ -102,6 +105,7 @@ class Generation:
         self.package = f"_dropin_{number}_{re.sub(r'[^a-z0-9]+', '_', dropin.id)}"
         self.files: dict[Path, str] = {}
         self.shadowed: dict[str, str] = {}
+        self.stops: dict[Path, int] = {}
         self._finder = finder
         self.policy = policy
         self._expected = expected
@@ -359,7 +363,10 @@ class _SourceLoader(SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
         """See `importlib.abc.Loader.exec_module`."""
         self._generation.prepare(module)
-        super().exec_module(module)
+        try:
+            super().exec_module(module)
+        except RunAtImport as stop:
+            self._generation.stops[Path(self.path)] = stopped_line(stop, self.path)
 
 
 def collect_garbage() -> None:

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agents.run import set_default_agent_runner
+
 from gateway.registry.discovery import hash_file
 from gateway.registry.entry import Diagnostic
 from gateway.registry.loading import DropIn, LoadFailed
@@ -29,6 +31,7 @@ from sdk_adapter.building import build, timed_out
 from sdk_adapter.diagnosis import diagnose
 from sdk_adapter.modules import DropInFinder, SourceChanged, freeze_garbage
 from sdk_adapter.preflight import CheckReport, CheckRequest, decode_request, encode
+from sdk_adapter.stopping import StoppingRunner
 
 if sys.platform != "win32":
     import resource
@@ -340,10 +343,11 @@ def _check_once() -> None:
 
 
 def _adopt_world(request: CheckRequest) -> None:
-    """Take over the serving process's environment and import path."""
+    """Take over the serving process's environment and import path; the runner starts nothing while files are read."""
     os.environ.clear()
     os.environ.update(request.env)
     sys.path[:] = request.sys_path
+    set_default_agent_runner(StoppingRunner())
 
 
 def _dropin_of(item: _Check) -> DropIn:

@@ -260,7 +260,9 @@ def test_an_init_py_in_the_folder_is_its_package(load: Loads) -> None:
 def test_a_single_file_has_the_root_as_its_folder(tmp_path: Path, finder: DropInFinder) -> None:
     root = tmp_path.resolve()
     write(root, "_words.py", "TEXT = 'from the root'\n")
-    write(root, "solo.py", "import _words\nfrom agents import Agent\nagent = Agent(name='S', instructions=_words.TEXT)\n")
+    write(
+        root, "solo.py", "import _words\nfrom agents import Agent\nagent = Agent(name='S', instructions=_words.TEXT)\n"
+    )
     from_root = dropin_at(root)
     dropin = type(from_root)("default", "solo", root, root, root / "solo.py", "solo.py")
     work = build(dropin, 1, finder, names=NAMES, policy=ModulePolicy(), timeout_s=5)
@@ -289,7 +291,9 @@ def test_denied_imports_are_refused_before_anything_runs(load: Loads) -> None:
 
 def test_a_denied_import_that_hides_is_refused_when_its_file_is_reached(load: Loads) -> None:
     write(load.root, "Some/pack/deep.py", "import ctypes\n")
-    write_agent(load.root, "Some", extra="import importlib\nimportlib.import_module('.pack.' + chr(100) + 'eep', __package__)\n")
+    write_agent(
+        load.root, "Some", extra="import importlib\nimportlib.import_module('.pack.' + chr(100) + 'eep', __package__)\n"
+    )
     problem = load.fails(deny=("ctypes",))
     assert (problem.code, problem.file) == ("blocked", "Some/pack/deep.py")
 
@@ -309,7 +313,13 @@ def test_a_denied_drop_in_is_refused_by_its_name(load: Loads) -> None:
         ("from .helpers import x\n", "missing_module", "import", 1, ("helpers", "Did you mean 'helper'?")),
         ("import json.nothing\n", "missing_module", "dependency", 1, ("json.nothing",)),
         ("from helper import missing\n", "import_error", "import", 1, ("cannot import name 'missing'",)),
-        ("import os\n\nos.environ['MY_TOKEN']\n", "import_error", "import", 3, ("Set the environment variable MY_TOKEN",)),
+        (
+            "import os\n\nos.environ['MY_TOKEN']\n",
+            "import_error",
+            "import",
+            3,
+            ("Set the environment variable MY_TOKEN",),
+        ),
         ("open('absent.txt')\n", "import_error", "import", 1, ("Path(__file__).parent",)),
         ("import sys\nsys.exit(3)\n", "import_exit", "import", 2, ("sys.exit(3)", "__main__")),
         ("raise KeyboardInterrupt\n", "import_exit", "import", 1, ("KeyboardInterrupt",)),

@@ -42,7 +42,13 @@ def test_slug(text: str, slug: str) -> None:
 def test_find_by_id_bare_name_and_alias_without_case() -> None:
     weather = entry("default/weatheragent", "weather-agent", "default/weather-agent")
     registry = Registry.build([weather])
-    for name in ("default/weatheragent", "DEFAULT/WeatherAgent", "weatheragent", "Weather-Agent", "default/weather-agent"):
+    for name in (
+        "default/weatheragent",
+        "DEFAULT/WeatherAgent",
+        "weatheragent",
+        "Weather-Agent",
+        "default/weather-agent",
+    ):
         assert registry.find(name) is weather
     for name in ("weather", "", "default/", "default/weatheragent ", "weatheragent\u0000"):
         assert registry.find(name) is None
