@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from agents import Agent, RunConfig, RunResult, RunResultStreaming, RunState
 from agents.exceptions import AgentsException
-from agents.run import AgentRunner, get_default_agent_runner, set_default_agent_runner
+from agents.run import get_default_agent_runner, set_default_agent_runner
 
 from sdk_adapter.cloning import RunClones
 from sdk_adapter.failures import mark_inner
@@ -22,6 +22,7 @@ from sdk_adapter.instrument import is_default_provider
 from sdk_adapter.models import PLACEHOLDER_MODEL, GatewayProvider
 from sdk_adapter.scope import Level, current_level, enter_level
 from sdk_adapter.services import AdapterServices
+from sdk_adapter.stopping import StoppingRunner
 from sdk_adapter.tracing import nobody_listens, tracing_at_home
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ _ENVIRONMENT = {
 }
 
 
-class GatewayRunner(AgentRunner):
+class GatewayRunner(StoppingRunner):
     """Clones each starting agent and fills in the gateway's model provider where the author named none."""
 
     def __init__(self, upstreams: Callable[[], UpstreamTable]) -> None:
