@@ -149,7 +149,8 @@ def test_a_broken_file_keeps_its_last_good_version(shelf: Shelf, tmp_path: Path)
 
 
 def test_an_unknown_upstream_or_model_is_refused_with_the_fix(shelf: Shelf, tmp_path: Path) -> None:
-    text = "agents:\n  - {name: a, instructions: x, upstream: locall}\n  - {name: b, instructions: x, upstream: local, model: big}\n"
+    text = "agents:\n  - {name: a, instructions: x, upstream: locall}\n"
+    text += "  - {name: b, instructions: x, upstream: local, model: big}\n"
     write(tmp_path, "agents.yaml", text)
     shelf.refresh()
     assert shelf.problem("a").code == "unknown_upstream" and "Did you mean 'local'?" in shelf.problem("a").message
@@ -165,8 +166,9 @@ def test_an_agent_by_module_name(
     write(library, "acme/words.py", "TEXT = 'first'\n")
     source = "from agents import Agent\nfrom .words import TEXT\nbot = Agent(name='Bot', instructions=TEXT)\n"
     write(library, "acme/bots.py", source + "def make(): return bot\n")
-    text = "agents:\n  - {name: a, kind: sdk, module: 'acme.bots:bot'}\n  - {name: b, kind: sdk, module: 'acme.bots:make'}\n"
-    write(tmp_path, "agents.yaml", text + "  - {name: c, kind: sdk, module: 'acme.bots:bott'}\n")
+    exports = {"a": "bot", "b": "make", "c": "bott"}
+    lines = [f"  - {{name: {name}, kind: sdk, module: 'acme.bots:{export}'}}" for name, export in exports.items()]
+    write(tmp_path, "agents.yaml", "\n".join(["agents:", *lines]))
     shelf.refresh()
     entry = shelf.entry("default/a")
     assert (entry.status, entry.kind, entry.source, entry.file) == ("ready", "sdk", "yaml", "agents.yaml")

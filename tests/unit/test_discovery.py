@@ -134,7 +134,7 @@ def test_a_package_as_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     write(tmp_path, "acme/bots/__init__.py", "raise AssertionError('never imported')")
     monkeypatch.syspath_prepend(tmp_path)
     assert find_roots(Settings(agent_package="acme.bots")) == (tmp_path / "acme" / "bots",)
-    with pytest.raises(ConfigError, match="acme.none"):
+    with pytest.raises(ConfigError, match=r"acme\.none"):
         find_roots(Settings(agent_path=tmp_path, agent_extra_package="acme.none"))
 
 

@@ -102,7 +102,8 @@ def test_names_come_from_the_settings(tmp_path: Path) -> None:
         "def build_agent(model='gpt', *, flag=False, **more): return Agent(name='F')",
         "import functools\ndef _b(name): return Agent(name=name)\nbuild_agent = functools.partial(_b, 'F')",
         "def build_agent(context):\n    assert (context['model_id'], context['namespace'], context['name']) == "
-        "('default/some', 'default', 'some')\n    assert context['folder'].endswith('Some')\n    return Agent(name='F')",
+        "('default/some', 'default', 'some')\n    assert context['folder'].endswith('Some')\n"
+        "    return Agent(name='F')",
     ],
 )
 def test_factories(tmp_path: Path, source: str) -> None:

@@ -89,7 +89,7 @@ def later():
     from pack import inner as inner_inside
     return inside, inner_inside
 facts = [
-    helper is relative, pack.inner is inner, inner is again, inner is inner_alias, TOP == "p", VALUE == "h" or VALUE is True,
+    helper is relative, pack.inner is inner, inner is again, inner is inner_alias, TOP == "p", VALUE == "h",
     leaf.VALUE == "leaf", later() == (helper, inner), importlib.import_module(".helper", __package__) is helper,
     __import__("helper") is helper, __import__("pack.inner") is pack, inner.VALUE is True,
 ]

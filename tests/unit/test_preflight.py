@@ -51,9 +51,7 @@ def with_own_preflight(work: Callable[[Preflight], Awaitable[T]], **options: Any
 
 
 async def check(preflight: Preflight, root: Path, folder: str = "Some", *, timeout_s: float = 3.0) -> CheckReport:
-    return await preflight.check(
-        dropin_at(root.resolve(), folder), names=NAMES, policy=ModulePolicy(), timeout_s=timeout_s
-    )
+    return await preflight.check(dropin_at(root, folder), names=NAMES, policy=ModulePolicy(), timeout_s=timeout_s)
 
 
 def is_running(pid: int) -> bool:
@@ -75,7 +73,8 @@ HOSTILE = {
         "2 s",
     ),
     "Threads": (
-        "import threading, time\nfor _ in range(50): threading.Thread(target=time.sleep, args=(60,), daemon=False).start()\n"
+        "import threading, time\nfor _ in range(50):\n"
+        "    threading.Thread(target=time.sleep, args=(60,), daemon=False).start()\n"
         "from agents import Agent\nagent = Agent(name='A')\n",
         "threads_left",
         "50 running threads",

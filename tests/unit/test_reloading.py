@@ -1,4 +1,4 @@
-"""The catalogue and the watcher: what changed is loaded, what broke stays on its last good version, the rest is left."""
+"""The catalogue and the watcher: what changed is loaded, what broke keeps its last good version."""
 
 from __future__ import annotations
 
@@ -206,7 +206,8 @@ def test_a_broken_newcomer_does_not_take_a_name(shelf: Shelf, root: Path) -> Non
 
 
 def test_duplicate_tools_and_hosted_tools_are_refused(shelf: Shelf, root: Path) -> None:
-    twice = "from agents import Agent, WebSearchTool, function_tool\n@function_tool\ndef look(word: str) -> str: return word\n"
+    twice = "from agents import Agent, WebSearchTool, function_tool\n"
+    twice += "@function_tool\ndef look(word: str) -> str: return word\n"
     write(root, "Twice/agent.py", twice + "agent = Agent(name='T', tools=[look, look])\n")
     write(root, "Hosted/agent.py", twice + "agent = Agent(name='H', tools=[WebSearchTool()])\n")
     write(root, "Fixed/agent.py", "from agents import Agent\nagent = Agent(name='F', model='gpt-5')\n"
