@@ -20,7 +20,7 @@ Figures = dict[str, Any]
 
 def agent_call(quick: bool) -> Figures:
     """One agent call over HTTP ÷ the same run in process."""
-    calls, rounds = (200, 1) if quick else (2000, 5)
+    calls, rounds = (200, 1) if quick else (600, 5)
     cases = {
         "one turn": ("mock-t16", False),
         "two turns": ("mock-tool-t16", False),

@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import platform
+import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,12 @@ def main() -> None:
     unknown = set(options.measures) - set(MEASURES)
     if unknown:
         parser.error(f"no such measure: {', '.join(sorted(unknown))}; there are {', '.join(MEASURES)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     for name in options.measures or MEASURES:
         started = time.perf_counter()
         figures = MEASURES[name](options.quick)
-        print(f"\n{name} ({time.perf_counter() - started:.0f} s)")
-        print("\n".join(f"  {line}" for line in lines(figures)))
+        print(f"\n{name} ({time.perf_counter() - started:.0f} s)", flush=True)
+        print("\n".join(f"  {line}" for line in lines(figures)), flush=True)
         if not options.quick:
             RESULTS.mkdir(exist_ok=True)
             (RESULTS / f"{name}.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", "utf-8")

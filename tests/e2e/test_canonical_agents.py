@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -333,3 +334,29 @@ def test_many_answers_at_once_are_refused_with_the_reason(client: OpenAI) -> Non
     with pytest.raises(openai.BadRequestError) as refusal:
         ask(client, "default/weatheragent", "say n", n=2)
     assert refusal.value.param == "n"
+
+
+@pytest.mark.parametrize("model", ["default/weatheragent", "local/test-model"])
+def test_fields_that_only_some_upstreams_know_travel_unchanged(
+    client: OpenAI, upstream: ObedientUpstream, model: str
+) -> None:
+    ask(
+        client, model, f"say extra fields {model}", extra_body={"top_k": 5, "chat_template_kwargs": {"thinking": False}}
+    )
+    sent = upstream.find(f"extra fields {model}")[0].body
+    assert sent["top_k"] == 5
+    assert sent["chat_template_kwargs"] == {"thinking": False}
+
+
+def test_twenty_requests_at_once_do_not_mix(client: OpenAI) -> None:
+    def one(index: int) -> bool:
+        text = f'call get_weather {{"city":"City{index}"}} ;; echo'
+        run = (
+            ask_streamed(client, "default/weatheragent", text)[0]
+            if index % 2
+            else ask(client, "default/weatheragent", text)
+        )
+        return run == f"The weather in City{index} is sunny"
+
+    with ThreadPoolExecutor(20) as pool:
+        assert all(pool.map(one, range(60)))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
-from tests.support.house import WEBUI
+from tests.support.house import CHAT, WEBUI
 from tests.support.obedient_upstream import ObedientUpstream
 from tests.support.schema import assert_chunk, assert_completion, assert_error
 from tests.support.server import Gateway
@@ -133,6 +133,22 @@ def test_a_mixed_turn_returns_only_the_clients_call_and_keeps_the_servers_result
     assert answer.status == 200, answer.body
     results = upstream.find(marker)[-1].tool_results
     assert sorted(results) == ["The weather in Turin is sunny", "the loft is open"]
+
+
+def test_what_a_turn_left_behind_belongs_to_the_key_that_left_it(gateway: Gateway, upstream: ObedientUpstream) -> None:
+    marker = "somebody else's turn"
+    text = f'call get_weather {{"city":"Oran"}} && call open_door {{"room":"loft"}} ;; echo ;; {marker}'
+    messages: list[Any] = [{"role": "user", "content": text}]
+    request = {"model": "default/weatheragent", "tools": [OPEN_DOOR], "messages": messages}
+    call_id = upstream_call_id(gateway.post("/v1/chat/completions", request).body, False)
+    call = {"id": call_id, "type": "function", "function": {"name": "open_door", "arguments": "{}"}}
+    messages += [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": call_id, "content": "open"},
+    ]
+    answer = gateway.post("/v1/chat/completions", request, key=CHAT)
+    assert answer.status == 200, answer.body
+    assert upstream.find(marker)[-1].tool_results == ["open"]
 
 
 def upstream_call_id(body: bytes, streamed: bool) -> str:

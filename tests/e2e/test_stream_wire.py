@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import closing
+from http.client import HTTPConnection
 from typing import Any
 
 import pytest
 
+from tests.support.house import CHAT
 from tests.support.obedient_upstream import ObedientUpstream
 from tests.support.schema import assert_chunk, assert_completion, assert_error
 from tests.support.server import Gateway
@@ -174,3 +177,86 @@ def test_pace_of_the_tokens_is_kept(gateway: Gateway) -> None:
             ]
         assert len(seen) == 8
         assert seen[-1] - seen[0] > 0.2, "tokens arrived in one heap"
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_every_character_survives(gateway: Gateway, model: str, streamed: bool) -> None:
+    odd = 'naïve "quotes" \\back\\slash\u2028line \u0085next 👩‍👩‍👧 emoji \ttab \x7f 日本語'
+    request = body(model, f"say {odd}", stream=streamed)
+    if streamed:
+        chunks, done, _ = read(gateway, request)
+        assert done and text_of(chunks) == odd
+    else:
+        answer = gateway.post("/v1/chat/completions", request)
+        assert answer.json()["choices"][0]["message"]["content"] == odd
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_long_answer_is_whole(gateway: Gateway, model: str, streamed: bool) -> None:
+    text = " ".join(f"{'w' * 200}{index}" for index in range(2000))
+    request = body(model, f"say {text}", stream=streamed)
+    if streamed:
+        chunks, done, _ = read(gateway, request)
+        assert done and text_of(chunks) == text
+    else:
+        assert gateway.post("/v1/chat/completions", request).json()["choices"][0]["message"]["content"] == text
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_visible_reasoning_is_passed_on(gateway: Gateway, model: str) -> None:
+    chunks, _, _ = read(gateway, body(model, "[think=pondering] say so"))
+    deltas = [c["choices"][0]["delta"] for c in chunks]
+    assert "pondering" in [d.get("reasoning_content") for d in deltas]
+    assert text_of(chunks) == "so"
+    answer = gateway.post("/v1/chat/completions", body(model, "[think=pondering] say so", stream=False))
+    assert answer.json()["choices"][0]["message"]["reasoning_content"] == "pondering"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_refusal_is_a_refusal(gateway: Gateway, model: str) -> None:
+    chunks, done, _ = read(gateway, body(model, "[refusal=no] say x"))
+    assert done
+    assert "".join(c["choices"][0]["delta"].get("refusal") or "" for c in chunks) == "no"
+    assert text_of(chunks) == ""
+    answer = gateway.post("/v1/chat/completions", body(model, "[refusal=no] say x", stream=False))
+    assert_completion(answer.json())
+    message = answer.json()["choices"][0]["message"]
+    assert (message["refusal"], message["content"]) == ("no", None)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_an_empty_answer_is_an_answer(gateway: Gateway, model: str) -> None:
+    chunks, done, _ = read(gateway, body(model, "say"))
+    assert done and text_of(chunks) == ""
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    answer = gateway.post("/v1/chat/completions", body(model, "say", stream=False))
+    assert answer.status == 200
+    assert not answer.json()["choices"][0]["message"]["content"]
+
+
+def test_usage_of_a_streamed_run_with_a_tool_is_the_sum(gateway: Gateway) -> None:
+    text = 'call get_weather {"city":"Sum"} ;; echo'
+    chunks, done, _ = read(gateway, body(MODELS[0], text, stream_options={"include_usage": True}))
+    assert done
+    assert chunks[-1]["usage"]["prompt_tokens"] == 20
+
+
+def test_one_connection_serves_a_stream_an_error_and_an_answer(gateway: Gateway) -> None:
+    with closing(HTTPConnection("127.0.0.1", gateway.port, timeout=20)) as connection:
+        for request, status in (
+            (body(MODELS[0], "say one"), 200),
+            (body(MODELS[0], "say one", temperature="hot"), 400),
+            (body("default/nobody", "say one"), 404),
+            (body(MODELS[1], "[status=500] say x"), 502),
+            (body(MODELS[1], "say two"), 200),
+            (body(MODELS[0], "say three", stream=False), 200),
+        ):
+            headers = {"authorization": f"Bearer {CHAT}", "content-type": "application/json"}
+            connection.request("POST", "/v1/chat/completions", json.dumps(request), headers)
+            first = connection.sock
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status == status
+            assert connection.sock is first, "the connection was closed"

@@ -9,9 +9,9 @@ conversations at once and keeps no state. A turn is::
     [options] echo                      the text of the tool results since the user's message
 
 A line ``word> …`` is played only for a request whose system prompt contains the word (``judge> say {…}``).
-Options: ``delay=S`` between chunks, ``wait=S`` before the answer, ``finish=REASON``, ``usage=none``, ``hold=N`` (stop
-after N chunks until released), ``status=CODE``, ``code=…``, ``retry=…``, ``fault=NAME`` and ``at=N`` (the chunk at
-which the fault strikes).
+Options: ``delay=S`` between chunks, ``wait=S`` before the answer, ``finish=REASON``, ``think=WORD`` (visible reasoning
+before the text), ``refusal=WORD``, ``usage=none``, ``hold=N`` (stop after N chunks until released), ``status=CODE``,
+``code=…``, ``param=…``, ``retry=…``, ``fault=NAME`` and ``at=N`` (the chunk at which the fault strikes).
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ def read_turn(request: dict[str, Any]) -> Turn:
 
 def _script_for(text: str, system: str) -> str:
     script = None
-    for line in text.splitlines() or [""]:
+    for line in text.split("\n"):
         found = re.match(r"(\w+)> (.*)", line)
         if found and re.search(rf"\b{found.group(1)}\b", system):
             return found.group(2)
-        if not found and script is None and re.match(r"(\[|say |call |echo)", line):
+        if not found and script is None and re.match(r"(\[|say\b|call |echo)", line):
             script = line
     return script or DEFAULT
 
@@ -110,7 +110,10 @@ def arguments_pieces(arguments: str) -> list[str]:
 
 def completion(request: dict[str, Any], turn: Turn, number: int) -> dict[str, Any]:
     """The whole answer as one ``chat.completion``."""
-    message: dict[str, Any] = {"role": "assistant", "content": turn.text, "refusal": None}
+    refusal = turn.options.get("refusal")
+    message: dict[str, Any] = {"role": "assistant", "content": None if refusal else turn.text, "refusal": refusal}
+    if "think" in turn.options:
+        message["reasoning_content"] = turn.options["think"]
     if turn.calls:
         message["tool_calls"] = [
             {"id": f"call_{number}_{i}", "type": "function", "function": {"name": name, "arguments": arguments}}
@@ -143,7 +146,12 @@ def chunks(request: dict[str, Any], turn: Turn, number: int) -> list[dict[str, A
         return base | {"choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]}
 
     out = [chunk({"role": "assistant", "content": None if turn.calls and not turn.text else ""})]
-    out += [chunk({"content": piece}) for piece in tokens(turn.text or "")]
+    if "think" in turn.options:
+        out.append(chunk({"reasoning_content": turn.options["think"]}))
+    if "refusal" in turn.options:
+        out.append(chunk({"refusal": turn.options["refusal"]}))
+    else:
+        out += [chunk({"content": piece}) for piece in tokens(turn.text or "")]
     for index, (name, arguments) in enumerate(turn.calls):
         head = {"index": index, "id": f"call_{number}_{index}", "type": "function"}
         out.append(chunk({"tool_calls": [head | {"function": {"name": name, "arguments": ""}}]}))
