@@ -24,6 +24,7 @@ from gateway.config import Settings
 from gateway.errors import GatewayError
 from gateway.registry.declarations import AgentsConfig
 from gateway.registry.entry import AgentOptions
+from gateway.routing.config import RoutingConfig
 from gateway.security.config import SecurityConfig
 from gateway.upstreams.config import UpstreamsConfig
 from gateway_cli.errors import CliError
@@ -202,6 +203,7 @@ def test_diagnostic_codes_and_their_page_agree() -> None:
     ("name", "kind"),
     [
         ("agents-yaml.md", AgentsConfig),
+        ("routing-yaml.md", RoutingConfig),
         ("security-yaml.md", SecurityConfig),
         ("upstreams-yaml.md", UpstreamsConfig),
     ],

@@ -18,11 +18,14 @@ from gateway.registry.discovery import find_roots
 from gateway.registry.policy import ModulePolicy, ModuleRules
 from gateway.registry.registry import Registry
 from gateway.reloading import Reloader
+from gateway.routing.config import load_routing
+from gateway.routing.table import Router
+from gateway.routing.watching import watch_health
 from gateway.runs.engine import RunEngine
 from gateway.security.config import SecurityDefaults
 from gateway.security.keys import Keyring
 from gateway.snapshot import Snapshot, SnapshotHolder
-from gateway.upstreams.config import load_upstreams
+from gateway.upstreams.config import UpstreamsConfig, load_upstreams
 from gateway.upstreams.discovery import ModelDiscovery
 from gateway.upstreams.table import UpstreamTable, open_upstreams
 from sdk_adapter.loader import SdkLoader
@@ -71,9 +74,13 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Gateway]:
     metrics = Metrics()
     asyncio.get_running_loop().set_default_executor(DaemonThreadPool())  # the loop closes it when it is closed
     async with AsyncExitStack() as stack:
-        upstreams = await stack.enter_async_context(open_upstreams(load_upstreams(settings), metrics))
-        holder = SnapshotHolder(Snapshot(1, Registry(), upstreams.table, keyring))
-        services = AdapterServices(lambda: holder.current.upstreams, metrics, settings)
+        config = load_upstreams(settings)
+        router = Router(metrics)
+        rules = load_routing(settings, _names(config))
+        upstreams = await stack.enter_async_context(open_upstreams(config, metrics))
+        routes = router.build(upstreams.table, rules)
+        holder = SnapshotHolder(Snapshot(1, Registry(), upstreams.table, keyring, routes))
+        services = AdapterServices(lambda: holder.current.routes, metrics, settings)
         stack.enter_context(_environment_of_drop_ins(settings, drop_in_key))
         loader = await stack.enter_async_context(
             SdkLoader(settings, services, _module_policy(settings, keyring.defaults))
@@ -87,12 +94,15 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Gateway]:
         )
 
         def publish_models(table: UpstreamTable) -> None:
-            holder.swap(upstreams=table)
+            holder.swap(upstreams=table, routes=router.build(table))
 
         discovery = ModelDiscovery(upstreams, publish_models, interval_s=settings.upstream_discovery_s)
 
         async def reload_upstreams() -> None:
-            holder.swap(upstreams=await upstreams.refresh(load_upstreams(settings)))
+            fresh = load_upstreams(settings)
+            rules = load_routing(settings, _names(fresh))  # before anything changes: it may name what is gone
+            table = await upstreams.refresh(fresh)
+            holder.swap(upstreams=table, routes=router.build(table, rules))
             discovery.wake()
             await catalogue.recheck()
 
@@ -106,13 +116,13 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Gateway]:
             fresh = Keyring.load(settings, drop_in_key)
             holder.swap(keyring=fresh)
             loader.policy = _module_policy(settings, fresh.defaults)
-            await catalogue.refresh(force=True)
+            await catalogue.recheck()
 
         watched: dict[str, Callable[[], Awaitable[None]]] = {}
         if settings.agent_auto_reload:
             watched["security.yaml"] = reload_security
         if settings.agent_auto_reload or settings.upstream_auto_reload:
-            watched["upstreams.yaml"] = reload_upstreams
+            watched["upstreams.yaml"] = watched["routing.yaml"] = reload_upstreams
         reloader = Reloader(settings, catalogue, roots, on_change=watched)
         gateway = Gateway(
             settings, holder, metrics, RunEngine(metrics), catalogue, reloader, discovery, refresh_upstreams
@@ -132,6 +142,7 @@ async def _background(gateway: Gateway, *, watch: bool) -> AsyncIterator[None]:
             gateway.loaded.set()
 
     tasks = [asyncio.create_task(work()), asyncio.create_task(gateway.discovery.run())]
+    tasks.append(asyncio.create_task(watch_health(lambda: gateway.holder.current.routes)))
     if watch:
         tasks.append(asyncio.create_task(gateway.reloader.watch()))
     try:
@@ -158,6 +169,10 @@ def _environment_of_drop_ins(settings: Settings, drop_in_key: str) -> Iterator[N
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _names(config: UpstreamsConfig) -> tuple[str, ...]:
+    return tuple(upstream.name for upstream in config.upstreams)
 
 
 def _module_policy(settings: Settings, defaults: SecurityDefaults) -> ModulePolicy:

@@ -28,6 +28,11 @@ def error_object(error: GatewayError) -> dict[str, Any]:
     return {"error": shown}
 
 
+def routed_headers(upstream: str, attempts: int) -> Headers:
+    """Return the headers that say which upstream served a model call (or failed last), and at which try."""
+    return (b"x-gateway-upstream", upstream.encode()), (b"x-gateway-attempts", str(attempts).encode())
+
+
 def error_response(error: GatewayError) -> Response:
     """Return the whole answer for an error that comes before the first byte of a stream."""
     headers: list[tuple[bytes, bytes]] = []
@@ -39,6 +44,8 @@ def error_response(error: GatewayError) -> Response:
         headers.append((b"x-should-retry", b"true" if error.should_retry else b"false"))
     if isinstance(error, MethodNotAllowed):
         headers.append((b"allow", b"GET, POST"))
+    if error.routed is not None:
+        headers += routed_headers(*error.routed)
     if error.is_relayed:
         headers.extend(error.upstream_headers)
     result: Headers = tuple(headers)

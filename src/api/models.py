@@ -14,9 +14,10 @@ from gateway.admission import authorize_model
 from gateway.errors import ModelNotFound
 from gateway.principal import Principal
 from gateway.registry.entry import AgentEntry
+from gateway.routing.targets import Binding, ListedModel
 from gateway.security.acl import allows
 from gateway.snapshot import Snapshot
-from gateway.upstreams.table import ModelBinding, UpstreamModel
+from gateway.upstreams.table import UpstreamModel
 
 _HEADERS = ((b"cache-control", b"private, no-cache"),)
 
@@ -44,12 +45,12 @@ async def get_model(request: Request) -> Response:
             )
         found = _agent(target, admin=principal.is_admin)
     else:
-        listed = next((model for model in snapshot.upstreams.list_models() if model.id == name), None)
+        listed = next((model for model in snapshot.routes.list_models() if model.id == name), None)
         found = _upstream(listed or UpstreamModel(name, target.upstream.name, 0, target.model))
     return Response(msgspec.json.encode(found), headers=_HEADERS)
 
 
-async def _resolve(request: Request, name: str) -> tuple[AgentEntry | ModelBinding, Snapshot]:
+async def _resolve(request: Request, name: str) -> tuple[AgentEntry | Binding, Snapshot]:
     """Resolve as chat does; while agents are first loading, an unknown name may only be early."""
     gateway = request.gateway
     while True:
@@ -70,7 +71,7 @@ def _encode_list(principal: Principal, snapshot: Snapshot) -> bytes:
     ]
     data += [
         _upstream(model)
-        for model in snapshot.upstreams.list_models()
+        for model in snapshot.routes.list_models()
         if allows(principal, model.id) and snapshot.registry.find(model.id) is None
     ]
     return msgspec.json.encode({"object": "list", "data": data})
@@ -92,7 +93,7 @@ def _agent(entry: AgentEntry, *, admin: bool) -> dict[str, Any]:
     return _model(entry.id, entry.created, entry.owned_by, entry.display_name, entry.description, metadata)
 
 
-def _upstream(model: UpstreamModel) -> dict[str, Any]:
+def _upstream(model: ListedModel) -> dict[str, Any]:
     metadata = {"namespace": model.owned_by, "display_name": model.name, "kind": "upstream"}
     return _model(model.id, model.created, model.owned_by, model.id, None, metadata)
 

@@ -12,14 +12,21 @@ from msgspec import Raw
 
 from gateway.chat import CHAT_PATH, ChatRequest, RelayRequest, decode_chat, decode_model, decode_relay
 from gateway.config import Settings
-from gateway.errors import AgentMisconfigured, ConfigError, ModelNotAllowed, ModelNotFound, UnsupportedValue
+from gateway.errors import (
+    AgentMisconfigured,
+    ConfigError,
+    ModelNotAllowed,
+    ModelNotFound,
+    PermissionDenied,
+    UnsupportedValue,
+)
 from gateway.principal import Principal
 from gateway.registry.entry import AgentEntry
+from gateway.routing.targets import Binding
 from gateway.run import Executor, Run
 from gateway.runs.relay import RelayExecutor
 from gateway.security.acl import allows
 from gateway.snapshot import Snapshot
-from gateway.upstreams.table import ModelBinding
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +34,7 @@ class Call:
     """One request at the door: who, what, and the headers an agent may see.
 
     ``body`` is the JSON text that ``fields`` was cut from, ``path`` the surface, without ``/v1``.
+    ``upstream`` is the one the caller wants, instead of what routing would choose.
     """
 
     principal: Principal
@@ -36,6 +44,7 @@ class Call:
     headers: Mapping[str, str]
     session_id: str | None = None
     path: str = CHAT_PATH
+    upstream: str | None = None
 
 
 def admit(call: Call, snapshot: Snapshot, settings: Settings) -> tuple[Run, Executor]:
@@ -45,7 +54,7 @@ def admit(call: Call, snapshot: Snapshot, settings: Settings) -> tuple[Run, Exec
     what exists), `AgentMisconfigured` for an agent that never loaded, `InvalidRequest` for its fields.
     """
     name = decode_model(call.fields)
-    target = authorize_model(name, call.principal, snapshot)
+    target = authorize_model(name, call.principal, snapshot, upstream=call.upstream)
     request: ChatRequest | RelayRequest
     executor: Executor
     metadata: Mapping[str, str] = {}
@@ -77,19 +86,32 @@ def admit(call: Call, snapshot: Snapshot, settings: Settings) -> tuple[Run, Exec
         session_id=call.session_id,
         metadata=metadata,
         headers=call.headers,
+        upstream=call.upstream,
     )
     return run, executor
 
 
-def authorize_model(name: str, principal: Principal, snapshot: Snapshot) -> AgentEntry | ModelBinding:
-    """Resolve a model name and check the caller's right to it; the right is judged on the canonical id."""
+def authorize_model(
+    name: str, principal: Principal, snapshot: Snapshot, *, upstream: str | None = None
+) -> AgentEntry | Binding:
+    """Resolve a model name and check the caller's right to it; the right is judged on the canonical id.
+
+    ``upstream`` is the caller's own choice; `PermissionDenied` for a key that does not reach all of that upstream.
+    """
+    if upstream is not None:
+        _authorize_choice(upstream, principal)
     if principal.is_drop_in:
         try:
-            return snapshot.upstreams.resolve(name)
+            return snapshot.routes.resolve(name, upstream=upstream)
         except ConfigError as error:
             raise ModelNotFound(error.message, param="model") from error
     entry = snapshot.registry.find(name)
-    target: AgentEntry | ModelBinding | None = entry or snapshot.upstreams.find_model(name)
+    target: AgentEntry | Binding | None = entry or snapshot.routes.find_model(name)
+    if target is None:
+        # A plain name: whoever lists the model serves it, as far as the key reaches ``upstream/model``.
+        shared = snapshot.routes.find_shared(name, lambda model_id: allows(principal, model_id), upstream=upstream)
+        if shared is not None:
+            return shared
     canonical = entry.id if entry else name
     if target is None:
         raise ModelNotFound(_not_found(name, principal, snapshot), param="model")
@@ -101,7 +123,17 @@ def authorize_model(name: str, principal: Principal, snapshot: Snapshot) -> Agen
             "matches it to allow_agents, or use a model from GET /v1/models.",
             param="model",
         )
+    if entry is None and upstream is not None:
+        return snapshot.routes.find_model(name, upstream=upstream) or target
     return target
+
+
+def _authorize_choice(upstream: str, principal: Principal) -> None:
+    if not (principal.is_admin or allows(principal, f"{upstream}/*")):
+        raise PermissionDenied(
+            f"The key '{principal.key_id}' may not choose an upstream: x-gateway-upstream is for admin keys and for "
+            f"keys that reach all of '{upstream[:64]}/*'. Leave the header out."
+        )
 
 
 def agents_chat_only(entry: AgentEntry) -> UnsupportedValue:

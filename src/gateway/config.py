@@ -102,8 +102,11 @@ class Settings:
     agent_config: Path | None = setting("GATEWAY_AGENT_CONFIG", None, "Path of `agents.yaml`.")
     upstream_config: Path | None = setting("GATEWAY_UPSTREAM_CONFIG", None, "Path of `upstreams.yaml`.")
     security_config: Path | None = setting("GATEWAY_SECURITY_CONFIG", None, "Path of `security.yaml`.")
+    routing_config: Path | None = setting("GATEWAY_ROUTING_CONFIG", None, "Path of `routing.yaml`.")
     upstream_auto_reload: bool = setting(
-        "GATEWAY_UPSTREAM_AUTO_RELOAD", False, "Watch `upstreams.yaml` and reload it when it changes."
+        "GATEWAY_UPSTREAM_AUTO_RELOAD",
+        False,
+        "Watch `upstreams.yaml` and `routing.yaml`, and reload them when they change.",
     )
     upstream_discovery_s: float = setting(
         "GATEWAY_UPSTREAM_DISCOVERY_S", 300.0, "Seconds between two looks at an upstream's own list of models."
@@ -118,8 +121,15 @@ class Settings:
     )
 
     body_limit_bytes: int = setting("GATEWAY_REQUEST_BODY_LIMIT_BYTES", 10_000_000, "Largest request body, bytes.")
+    upload_limit_bytes: int = setting(
+        "GATEWAY_UPLOAD_LIMIT_BYTES",
+        536_870_912,
+        "Largest body that is relayed piece by piece (files, audio, images), bytes.",
+    )
     body_timeout_s: float = setting(
-        "GATEWAY_REQUEST_BODY_TIMEOUT_S", 30.0, "Seconds a client may take to send its body."
+        "GATEWAY_REQUEST_BODY_TIMEOUT_S",
+        30.0,
+        "Seconds a client may take to send its body, or the next piece of an upload.",
     )
     run_timeout_s: float = setting("GATEWAY_RUN_TIMEOUT_S", 600.0, "Seconds a run may take in all.")
     ping_s: float = setting("GATEWAY_STREAM_PING_S", 15.0, "Seconds of silence before a stream sends a comment.")
@@ -165,6 +175,7 @@ class Settings:
             "agents.yaml": self.agent_config,
             "upstreams.yaml": self.upstream_config,
             "security.yaml": self.security_config,
+            "routing.yaml": self.routing_config,
         }.get(name)
         if explicit is not None:
             if not explicit.is_file():

@@ -55,7 +55,7 @@ class GatewayError(Exception):
     a side effect or where a retry cannot help; ``None`` leaves the choice to the client. ``retry_after_s``
     (seconds) becomes ``retry-after``. ``upstream_error`` is the error object of an upstream that blames the request or
     its rate, keys masked, and ``upstream_headers`` its ids and limits; both are shown instead of our own words where
-    the call was relayed (``is_relayed``).
+    the call was relayed (``is_relayed``). ``routed`` is the upstream that failed last, and how many requests went out.
     """
 
     status: int = 500
@@ -83,6 +83,7 @@ class GatewayError(Exception):
             self.status = status
         self.retry_after_s = retry_after_s
         self.should_retry = self.default_should_retry if should_retry is None else should_retry
+        self.routed: tuple[str, int] | None = None
         self.upstream_error: Mapping[str, Any] | None = None
         self.upstream_headers: tuple[tuple[bytes, bytes], ...] = ()
         self.is_relayed = False

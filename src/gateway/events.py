@@ -98,13 +98,12 @@ class AgentSwitched:
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """A model call was served by this upstream, or given up there; comes before the answer's first event.
+    """A model call is being served by this upstream; comes before the answer's first event.
 
-    ``attempts`` counts the requests that went out for it, to any upstream.
+    Of an agent's several calls it is the latest. ``attempts`` counts the requests that went out for it, to whomever.
     """
 
     upstream: str
-    model: str
     attempts: int
 
 

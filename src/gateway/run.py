@@ -18,7 +18,8 @@ class Run:
 
     ``id`` is a UUID; every surface derives its own spelling from its hex digits (``chatcmpl-…``, ``run_…``).
     ``model`` is the canonical id. ``headers`` are the allow-listed request headers, lower-case. ``streamed`` says
-    whether somebody wants deltas. ``deadline_s`` is the total time the run may take.
+    whether somebody wants deltas. ``deadline_s`` is the total time the run may take. ``upstream`` is the one that the
+    caller chose for every model call, if any.
     """
 
     id: uuid.UUID
@@ -32,6 +33,7 @@ class Run:
     session_id: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
+    upstream: str | None = None
 
 
 class Executor(Protocol):

@@ -7,21 +7,25 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gateway.registry.registry import Registry
+from gateway.routing.table import RouteTable
 from gateway.security.keys import Keyring
 from gateway.upstreams.table import UpstreamTable
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a request sees from admission to its last byte; ``version`` grows by one with each swap."""
+    """What a request sees from admission to its last byte; ``version`` grows by one with each swap.
+
+    ``routes`` says what a model name means: `upstreams` with routing on top.
+    """
 
     version: int
     registry: Registry
     upstreams: UpstreamTable
     keyring: Keyring
+    routes: RouteTable
     derived: dict[Any, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Answers that follow from this snapshot alone, such as model lists: made once, gone with it."""
-
 
 class SnapshotHolder:
     """Owns the current `Snapshot`. Swapping is atomic on the event loop: no reader needs a lock."""

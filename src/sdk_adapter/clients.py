@@ -28,7 +28,7 @@ from sdk_adapter.messages import NamedText
 from sdk_adapter.scope import Level
 
 if TYPE_CHECKING:
-    from gateway.upstreams.client import Upstream
+    from gateway.routing.targets import Target
 
 T = TypeVar("T")
 
@@ -104,7 +104,7 @@ class UpstreamClient:
     ``base_url`` is the upstream's, except for chat at api.openai.com: the SDK would switch on storing there.
     """
 
-    def __init__(self, upstream: Upstream, level: Level | None) -> None:
+    def __init__(self, upstream: Target, level: Level | None) -> None:
         official = urlsplit(str(upstream.base_url or "")).hostname == "api.openai.com"
         self.base_url = "" if official and upstream.api == "chat" else str(upstream.base_url or "")
         self.record = CallRecord(level)
@@ -120,12 +120,12 @@ class UpstreamClient:
 
 
 class _Chat:
-    def __init__(self, upstream: Upstream, level: Level | None, record: CallRecord) -> None:
+    def __init__(self, upstream: Target, level: Level | None, record: CallRecord) -> None:
         self.completions = _ChatCompletions(upstream, level, record)
 
 
 class _ChatCompletions:
-    def __init__(self, upstream: Upstream, level: Level | None, record: CallRecord) -> None:
+    def __init__(self, upstream: Target, level: Level | None, record: CallRecord) -> None:
         self._upstream, self._level, self._record = upstream, level, record
 
     async def create(self, **kwargs: Any) -> ChatCompletion | AsyncGenerator[ChatCompletionChunk, None]:
@@ -181,7 +181,7 @@ class _ChatCompletions:
 
 
 class _Responses:
-    def __init__(self, upstream: Upstream, level: Level | None, record: CallRecord) -> None:
+    def __init__(self, upstream: Target, level: Level | None, record: CallRecord) -> None:
         self._upstream, self._level, self._record = upstream, level, record
 
     async def create(self, **kwargs: Any) -> Response | AsyncGenerator[ResponseStreamEvent, None]:

@@ -23,6 +23,7 @@ from gateway.errors import GatewayError, ServiceUnavailable
 from gateway.events import FinishReason, RunEvent, RunFinished
 from gateway.observability.logs import log_event
 from gateway.registry.entry import AgentOptions
+from gateway.routing.routed import RoutedUpstream
 from gateway.run import Run
 from sdk_adapter.client_tools import ClientTool, TurnMemory, client_tools_of, fitting_tools
 from sdk_adapter.cloning import RunClones, with_model
@@ -168,7 +169,7 @@ class AgentExecutor:
             loop=asyncio.get_running_loop(),
             model_call_limit=self._max_turns * MODEL_CALLS_PER_TURN,
             observe=self._observe,
-            upstream=self._options.upstream,
+            upstream=run.upstream or self._options.upstream,
             default_model=self._options.model,
             max_tool_hops=self._options.max_tool_hops,
         )
@@ -255,10 +256,16 @@ class _Answer:
         """Yield the events of the run, `RunFinished` last; log how it went."""
         name = "sdk_agent.stream" if self.run.streamed else "sdk_agent"
         started = time.perf_counter()
+        first = True
         log_event(_log, f"{name}.start", **self._log_fields())
         try:
             async with aclosing(self._streamed() if self.run.streamed else self._whole()) as events:
                 async for event in events:
+                    if first:
+                        first = False
+                        served_by = self.level.scope.served_by
+                        if isinstance(served_by, RoutedUpstream) and served_by.decision is not None:
+                            yield served_by.decision
                     yield event
             log_event(_log, f"{name}.success", duration_ms=_since(started), **self._log_fields())
         except Exception as error:

@@ -25,13 +25,13 @@ from agents.usage import Usage as SdkUsage
 from openai.types.responses.response_create_params import ResponseCreateParamsNonStreaming
 
 from gateway.chat import ChatRequest, FunctionMessage
-from gateway.errors import AgentFailed, UnsupportedParameter
+from gateway.errors import AgentFailed, ConfigError, UnsupportedParameter, UnsupportedValue
 from gateway.events import FinishReason, Usage
 from sdk_adapter.clients import UpstreamClient
 from sdk_adapter.scope import Level, current_level
 
 if TYPE_CHECKING:
-    from gateway.upstreams.table import ModelBinding, UpstreamTable
+    from gateway.routing.targets import Binding, ModelTable
 
 PLACEHOLDER_MODEL = "gateway-default"
 """Stands where the SDK would assume a GPT-5 model, and its settings, for agents that name no model."""
@@ -62,7 +62,7 @@ class AnswerCut(ModelBehaviorError):
 class GatewayProvider(ModelProvider):
     """Resolves names through the upstream table of the current run; outside of any run, through the current table."""
 
-    def __init__(self, upstreams: Callable[[], UpstreamTable]) -> None:
+    def __init__(self, upstreams: Callable[[], ModelTable]) -> None:
         self._upstreams = upstreams
 
     def get_model(self, model_name: str | None) -> Model:
@@ -77,11 +77,17 @@ class GatewayProvider(ModelProvider):
             binding = self._upstreams().resolve(model_name)
         else:
             scope = level.scope
-            binding = scope.table.resolve(model_name, upstream=scope.upstream, default_model=scope.default_model)
+            try:
+                binding = scope.table.resolve(model_name, upstream=scope.upstream, default_model=scope.default_model)
+            except ConfigError as error:
+                if scope.run.upstream is None:
+                    raise
+                raise UnsupportedValue(f"'x-gateway-upstream' cannot be honoured: {error.message}") from error
+            scope.served_by = binding.upstream
         return bound_model(binding, model_name, level)
 
 
-def bound_model(binding: ModelBinding, requested: str | None, level: Level | None) -> GatewayModel:
+def bound_model(binding: Binding, requested: str | None, level: Level | None) -> GatewayModel:
     """Return the SDK model that calls ``binding``; ``requested`` is the name the agent's author wrote."""
     client = UpstreamClient(binding.upstream, level)
     inner: Model

@@ -14,7 +14,8 @@ from gateway.registry.entry import AgentEntry, AgentOptions, Diagnostic
 from gateway.registry.loading import Declaration, DropIn, LoadedGeneration, LoadFailed
 from gateway.registry.policy import ModulePolicy
 from gateway.registry.registry import slugify
-from gateway.upstreams.table import ModelBinding, UnknownModel, UnknownUpstream, UpstreamTable
+from gateway.routing.targets import Binding, ModelTable
+from gateway.upstreams.table import UnknownModel, UnknownUpstream
 from sdk_adapter.building import Built, build, check_policy
 from sdk_adapter.declarative import build_declared
 from sdk_adapter.diagnosis import diagnose
@@ -186,7 +187,7 @@ def _row(
     item: Published,
     dropin: DropIn,
     number: int,
-    table: UpstreamTable,
+    table: ModelTable,
     services: AdapterServices,
     diagnostics: tuple[Diagnostic, ...],
     declaration: Declaration | None,
@@ -233,7 +234,7 @@ def _aliases(name: str, namespace: str, slug: str) -> tuple[str, ...]:
     return (*spellings, *(f"{namespace}/{spelling}" for spelling in spellings))
 
 
-def _problems(item: Published, dropin: DropIn, table: UpstreamTable, services: AdapterServices) -> Iterator[Diagnostic]:
+def _problems(item: Published, dropin: DropIn, table: ModelTable, services: AdapterServices) -> Iterator[Diagnostic]:
     """Yield what keeps an agent from running on the current upstreams, and warnings."""
     outline = Outline(dropin)
     at = outline.line_of(item.attribute) if item.attribute else None
@@ -245,7 +246,7 @@ def _problems(item: Published, dropin: DropIn, table: UpstreamTable, services: A
             "Rename one: @function_tool(name_override=...), as_tool(tool_name=...) or handoff(tool_name_override=...).",
             line=at,
         )
-    bindings: dict[str, ModelBinding] = {}
+    bindings: dict[str, Binding] = {}
     for agent, model in item.prepared.models:
         try:
             bindings[agent] = _bind(item, model, table, services)
@@ -312,7 +313,7 @@ def _mcp_troubles(item: Published, dropin: DropIn) -> Iterator[Diagnostic]:
         )
 
 
-def _bind(item: Published, model: Any, table: UpstreamTable, services: AdapterServices) -> ModelBinding:
+def _bind(item: Published, model: Any, table: ModelTable, services: AdapterServices) -> Binding:
     """Resolve a model name as a run of the agent would."""
     name = model if isinstance(model, str) else None
     default = item.options.model or services.settings.default_model
@@ -321,7 +322,7 @@ def _bind(item: Published, model: Any, table: UpstreamTable, services: AdapterSe
     return table.resolve(name, upstream=item.options.upstream, default_model=default)
 
 
-def _serves_hosted(binding: ModelBinding, kind: str) -> bool:
+def _serves_hosted(binding: Binding, kind: str) -> bool:
     config = binding.upstream.config
     if binding.upstream.api != "responses":
         return False

@@ -26,7 +26,7 @@ from sdk_adapter.stopping import StoppingRunner
 from sdk_adapter.tracing import nobody_listens, tracing_at_home
 
 if TYPE_CHECKING:
-    from gateway.upstreams.table import UpstreamTable
+    from gateway.routing.targets import ModelTable
 
 _ENVIRONMENT = {
     "OPENAI_DEFAULT_MODEL": PLACEHOLDER_MODEL,
@@ -38,7 +38,7 @@ _ENVIRONMENT = {
 class GatewayRunner(StoppingRunner):
     """Clones each starting agent and fills in the gateway's model provider where the author named none."""
 
-    def __init__(self, upstreams: Callable[[], UpstreamTable]) -> None:
+    def __init__(self, upstreams: Callable[[], ModelTable]) -> None:
         self._provider = GatewayProvider(upstreams)
 
     async def run(self, starting_agent: Agent[Any], input: Any, **kwargs: Any) -> RunResult:

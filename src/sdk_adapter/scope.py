@@ -19,7 +19,7 @@ from gateway.events import FinishReason, Usage
 from gateway.run import Run
 
 if TYPE_CHECKING:
-    from gateway.upstreams.table import UpstreamTable
+    from gateway.routing.targets import ModelTable, Target
 
 ToolStatus = Literal["success", "error", "timeout"]
 Observe = Callable[[str, str, str, ToolStatus, float], None]
@@ -37,11 +37,12 @@ class RunScope:
     """Shared by every level of one run.
 
     ``call_ids`` are those of all tool calls so far. ``finished`` turns True when the answer is complete: author code
-    that goes on in the background from then on uses the current upstreams instead of this run's.
+    that goes on in the background from then on uses the current upstreams instead of this run's. ``served_by`` is what
+    the latest model was bound to.
     """
 
     run: Run
-    table: UpstreamTable
+    table: ModelTable
     loop: asyncio.AbstractEventLoop
     model_call_limit: int
     observe: Observe
@@ -52,6 +53,7 @@ class RunScope:
     call_ids: set[str] = field(default_factory=set)
     model_calls: int = 0
     finished: bool = False
+    served_by: Target | None = None
 
     def add_usage(self, usage: Usage) -> None:
         """Add what one model call used."""

@@ -10,13 +10,13 @@ from gateway.config import Settings
 from gateway.observability.metrics import Metrics
 
 if TYPE_CHECKING:
-    from gateway.upstreams.table import UpstreamTable
+    from gateway.routing.targets import ModelTable
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterServices:
     """``upstreams`` returns the table that a run starting now shall use."""
 
-    upstreams: Callable[[], UpstreamTable]
+    upstreams: Callable[[], ModelTable]
     metrics: Metrics
     settings: Settings

@@ -19,8 +19,10 @@ import yaml
 
 from gateway.config import Settings, load_yaml
 from gateway.events import RunEvent
+from gateway.observability.metrics import Metrics
 from gateway.registry.entry import AgentEntry, AgentOptions, Diagnostic
 from gateway.registry.registry import Registry
+from gateway.routing.table import Router
 from gateway.security.config import SecurityConfig
 from gateway.security.keys import Keyring
 from gateway.snapshot import Snapshot
@@ -224,7 +226,8 @@ def test_settings_survive_the_way_into_the_inspecting_process() -> None:
 def banner(settings: Settings, *entries: AgentEntry) -> str:
     async def render() -> str:
         async with open_upstreams(load_upstreams(settings, {})) as upstreams:
-            snapshot = Snapshot(1, Registry.build(entries), upstreams.table, Keyring.load(settings))
+            routes = Router(Metrics()).build(upstreams.table)
+            snapshot = Snapshot(1, Registry.build(entries), upstreams.table, Keyring.load(settings), routes)
             return render_banner(settings, URL, snapshot)
 
     return asyncio.run(render())

@@ -15,9 +15,11 @@ from api.routing import Request, Response
 from gateway.config import Settings
 from gateway.errors import ModelNotAllowed, ModelNotFound
 from gateway.events import RunEvent
+from gateway.observability.metrics import Metrics
 from gateway.principal import Principal
 from gateway.registry.entry import AgentEntry, AgentOptions
 from gateway.registry.registry import Registry
+from gateway.routing.table import Router
 from gateway.security.config import SecurityConfig, SecurityDefaults
 from gateway.security.keys import Keyring
 from gateway.snapshot import Snapshot, SnapshotHolder
@@ -57,10 +59,12 @@ async def demo_table() -> UpstreamTable:
 
 def gateway(entries: Iterable[AgentEntry], *, hide: bool = False, loaded: bool = True) -> Any:
     config = SecurityConfig(default=SecurityDefaults(hide_foreign_models=hide))
+    table = asyncio.run(demo_table())
     snapshot = Snapshot(
         version=1,
         registry=Registry.build(entries),
-        upstreams=asyncio.run(demo_table()),
+        upstreams=table,
+        routes=Router(Metrics()).build(table),
         keyring=Keyring.build(config, Settings()),
     )
     event = asyncio.Event()

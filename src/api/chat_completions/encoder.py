@@ -10,7 +10,7 @@ from typing import Any, assert_never
 
 import msgspec
 
-from api.errors import error_object
+from api.errors import error_object, routed_headers
 from api.routing import Headers
 from gateway.errors import GatewayError
 from gateway.events import (
@@ -52,14 +52,6 @@ def usage_object(usage: Usage | None) -> dict[str, Any]:
         "prompt_tokens_details": {"cached_tokens": usage.cached_input_tokens},
         "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
-
-
-def routed_headers(event: Routed) -> Headers:
-    """Return the headers that say who served a model call; the last call of an answer counts."""
-    return (
-        (b"x-gateway-upstream", f"{event.upstream}/{event.model}".encode("ascii", "replace")),
-        (b"x-gateway-attempts", str(event.attempts).encode()),
-    )
 
 
 def encode_error(error: GatewayError) -> bytes:
@@ -158,7 +150,7 @@ class CompletionBuilder:
             case RelayedHead(headers):
                 self.headers += headers
             case Routed():
-                self.headers += routed_headers(event)
+                self.headers += routed_headers(event.upstream, event.attempts)
             case ToolStarted() | ToolFinished() | AgentSwitched():
                 pass
             case RelayedChunk() | RelayEnded():

@@ -6,13 +6,13 @@ import logging
 
 from api.chat_completions.encoder import ChunkEncoder, CompletionBuilder, encode_error
 from api.dependencies import read_body, session_id
-from api.errors import public
+from api.errors import public, routed_headers
 from api.routing import Request, Response
 from api.sse import ClientGone, Connection, EventStream
 from gateway.admission import Call, admit
 from gateway.chat import CHAT_PATH, ChatRequest, RelayRequest, decode_body
 from gateway.errors import GatewayError, ModelNotFound
-from gateway.events import RelayedHead, RunEvent
+from gateway.events import RelayedHead, Routed, RunEvent
 from gateway.observability.logs import log_event
 from gateway.run import Executor, Run
 
@@ -39,6 +39,7 @@ async def serve_model_call(request: Request, path: str) -> Response | None:
         headers={name: request.headers[name] for name in settings.header_allowlist if name in request.headers},
         session_id=session_id(request.headers),
         path=path,
+        upstream=request.headers.get("x-gateway-upstream"),
     )
     run, executor = await _admit_when_loaded(request, call)
     try:
@@ -73,6 +74,8 @@ async def _stream(request: Request, run: Run, executor: Executor, connection: Co
     async def emit(event: RunEvent) -> None:
         if isinstance(event, RelayedHead):
             stream.headers += event.headers
+        elif isinstance(event, Routed):
+            stream.headers += routed_headers(event.upstream, event.attempts)
         data = encoder.encode(event)
         if data:
             await stream.write(data)

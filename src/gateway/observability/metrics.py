@@ -83,6 +83,18 @@ class Metrics:
         self._upstream.child(upstream, str(status)).inc()
         self._upstream_ms.child(upstream).observe(seconds * 1000)
 
+    def routing_attempt(self, upstream: str, outcome: str) -> None:
+        """Record one try at an upstream; ``outcome`` is ``success``, ``cancelled`` or the kind of the failure."""
+        self._routing_attempts.child(upstream, outcome).inc()
+
+    def routing_retry_suppressed(self, upstream: str) -> None:
+        """Count a retry that the retry budget did not allow."""
+        self._routing_suppressed.child(upstream).inc()
+
+    def routing_breaker(self, upstream: str, model: str, state: int) -> None:
+        """Set the state of a breaker: 0 closed, 1 half-open, 2 open."""
+        self._routing_breaker.child(upstream, model).set(state)
+
     def dropin_failure(self, kind: str) -> None:
         """Count a drop-in that did not load, by the kind of its diagnostic."""
         self._dropins.child(kind).inc()
@@ -144,6 +156,15 @@ class Metrics:
         self._upstream = self._counter("upstream_requests", "Requests to upstreams.", "upstream", "status")
         self._upstream_ms = self._histogram(
             "upstream_latency_ms", "Duration of a request to an upstream, ms.", _REQUEST_MS, "upstream"
+        )
+        self._routing_attempts = self._counter(
+            "routing_attempts", "Tries of model calls, by how they ended.", "upstream", "outcome"
+        )
+        self._routing_suppressed = self._counter(
+            "routing_retries_suppressed", "Retries that the retry budget did not allow.", "upstream"
+        )
+        self._routing_breaker = self._gauge(
+            "routing_breaker_state", "Breaker: 0 closed, 1 half-open, 2 open.", "upstream", "model"
         )
         self._dropins = self._counter("dropin_failures", "Drop-ins that did not load.", "kind")
         self._agents = self._gauge("agents", "Agents in the registry.", "status")

@@ -10,7 +10,7 @@ from contextlib import aclosing
 from typing import cast
 
 from gateway.errors import GatewayError, RunTimedOut
-from gateway.events import RelayedBody, RelayEnded, RunEvent, RunFinished, Usage
+from gateway.events import RelayedBody, RelayEnded, Routed, RunEvent, RunFinished, Usage
 from gateway.observability.logs import log_event
 from gateway.observability.metrics import Metrics
 from gateway.observability.recent import ErrorRecord, RecentErrors
@@ -49,7 +49,7 @@ class RunEngine:
                 events = cast("AsyncGenerator[RunEvent, None]", executor.execute(run))
                 async with aclosing(events):
                     async for event in events:
-                        if first:
+                        if first and not isinstance(event, Routed):
                             first = False
                             self._metrics.first_token(run.model, time.perf_counter() - started)
                         if isinstance(event, RunFinished | RelayEnded | RelayedBody):

@@ -16,10 +16,11 @@ from msgspec import Raw, Struct
 
 from gateway.chat import STREAMED_PATHS, RelayRequest
 from gateway.errors import GatewayError, UpstreamMalformed
-from gateway.events import RelayedBody, RelayedChunk, RelayedHead, RelayEnded, RunEvent, Usage
+from gateway.events import RelayedBody, RelayedChunk, RelayedHead, RelayEnded, Routed, RunEvent, Usage
+from gateway.routing.routed import RoutedUpstream
+from gateway.routing.targets import Binding, Target
 from gateway.run import Run
 from gateway.upstreams.relaying import OnHead, shown_headers
-from gateway.upstreams.table import ModelBinding
 
 CHUNK_KEYS = frozenset(
     {
@@ -44,7 +45,7 @@ class RelayExecutor:
     ``passthrough_keys`` are further top-level chunk keys that reach the client; default: those of the upstream.
     """
 
-    def __init__(self, binding: ModelBinding, passthrough_keys: Iterable[str] | None = None) -> None:
+    def __init__(self, binding: Binding, passthrough_keys: Iterable[str] | None = None) -> None:
         self._binding = binding
         extra = binding.upstream.config.passthrough_keys if passthrough_keys is None else passthrough_keys
         self._keys = CHUNK_KEYS.union(extra) - {"error"}
@@ -66,11 +67,12 @@ class RelayExecutor:
             error.is_relayed = True
             raise
 
-    async def _whole(self, run: Run, request: RelayRequest) -> tuple[RunEvent, RunEvent]:
+    async def _whole(self, run: Run, request: RelayRequest) -> list[RunEvent]:
         upstream, heads = self._binding.upstream, list[RelayedHead]()
         body = self._body(request, streamed=False)
         data = await upstream.post(request.path, body, request_id=run.request_id, on_head=_keep_in(heads))
-        return heads[0] if heads else RelayedHead(), _relayed_body(data, run.model, upstream.name)
+        head = heads[-1] if heads else RelayedHead()
+        return [*_decision(upstream), head, _relayed_body(data, run.model, upstream.name)]
 
     async def _stream(self, run: Run, request: RelayRequest) -> AsyncGenerator[RunEvent, None]:
         upstream, heads = self._binding.upstream, list[RelayedHead]()
@@ -82,7 +84,10 @@ class RelayExecutor:
                 chunk = cutter.cut(data)
                 if chunk is not None:
                     if heads:
-                        yield heads.pop()
+                        for event in _decision(upstream):
+                            yield event
+                        yield heads[-1]
+                        heads.clear()
                     yield RelayedChunk(chunk)
         last = cutter.usage_chunk()
         if last is not None:
@@ -104,6 +109,11 @@ class RelayExecutor:
             fields.pop("stream", None)
             fields.pop("stream_options", None)
         return msgspec.json.encode(fields)
+
+
+def _decision(upstream: Target) -> tuple[Routed, ...]:
+    decision = upstream.decision if isinstance(upstream, RoutedUpstream) else None
+    return () if decision is None else (decision,)
 
 
 def _keep_in(heads: list[RelayedHead]) -> OnHead:

@@ -1,0 +1,1 @@
+"""Which upstream serves a model call, and what happens when it fails before it has answered."""

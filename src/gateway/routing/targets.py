@@ -1,0 +1,222 @@
+"""What routing asks of the things it routes to; the upstreams of `gateway.upstreams` have this shape."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+OnHead = Callable[[int, Mapping[bytes, bytes]], None]
+"""Is told status and headers of a successful answer before its first byte."""
+
+
+class TargetConfig(Protocol):
+    """The part of an upstream's configuration that callers of models look at."""
+
+    @property
+    def provider(self) -> str:
+        """The preset it was made from."""
+        ...
+
+    @property
+    def models(self) -> tuple[str, ...] | None:
+        """Names or fnmatch patterns that it serves; None: whatever it is asked for."""
+        ...
+
+    @property
+    def default_model(self) -> str | None:
+        """The model of agents that name none."""
+        ...
+
+    @property
+    def hosted_tools(self) -> tuple[str, ...] | None:
+        """The hosted tools it has."""
+        ...
+
+    @property
+    def passthrough_keys(self) -> tuple[str, ...]:
+        """Further top-level chunk keys that reach a client."""
+        ...
+
+
+class TargetStatus(Protocol):
+    """What is known of an upstream's health."""
+
+    @property
+    def healthy(self) -> bool | None:
+        """None until somebody has asked."""
+        ...
+
+
+class Target(Protocol):
+    """A server with models; a `RoutedUpstream` is one too, so that callers need not know the difference."""
+
+    @property
+    def name(self) -> str:
+        """The upstream's configured name."""
+        ...
+
+    @property
+    def api(self) -> Literal["chat", "responses"]:
+        """What agents speak to it."""
+        ...
+
+    @property
+    def base_url(self) -> str:
+        """Its address."""
+        ...
+
+    @property
+    def config(self) -> TargetConfig:
+        """Its configuration."""
+        ...
+
+    async def post(
+        self,
+        path: str,
+        body: bytes,
+        *,
+        request_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        on_head: OnHead | None = None,
+    ) -> bytes:
+        """Send one JSON request and return the JSON answer."""
+        ...
+
+    def stream(
+        self,
+        path: str,
+        body: bytes,
+        *,
+        request_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        on_head: OnHead | None = None,
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield the payload of each event as it comes."""
+        ...
+
+    async def chat(
+        self, body: bytes, *, request_id: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> bytes:
+        """Return a finished chat completion."""
+        ...
+
+    def chat_stream(
+        self, body: bytes, *, request_id: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield chat completion chunks up to the finished end."""
+        ...
+
+    def relay(
+        self, request: Any, *, request_id: str | None = None, on_head: OnHead | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield the answer of a request that is relayed as bytes."""
+        ...
+
+
+class Server(Target, Protocol):
+    """A target that is a real server."""
+
+    @property
+    def status(self) -> TargetStatus:
+        """What is known of its health."""
+        ...
+
+    async def check(self) -> object:
+        """Ask it whether it is well and note the answer in ``status``; never raises for what it does."""
+        ...
+
+
+class Binding(Protocol):
+    """A model by the name its upstream knows it by."""
+
+    @property
+    def upstream(self) -> Target:
+        """Who serves it."""
+        ...
+
+    @property
+    def model(self) -> str:
+        """The model's name there."""
+        ...
+
+
+class ServerBinding(Protocol):
+    """A binding to one real server."""
+
+    @property
+    def upstream(self) -> Server:
+        """Who serves it."""
+        ...
+
+    @property
+    def model(self) -> str:
+        """The model's name there."""
+        ...
+
+
+class ListedModel(Protocol):
+    """A row of a model list."""
+
+    @property
+    def id(self) -> str:
+        """What a client sends."""
+        ...
+
+    @property
+    def owned_by(self) -> str:
+        """Whose it is."""
+        ...
+
+    @property
+    def created(self) -> int:
+        """Epoch seconds."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """What people read."""
+        ...
+
+
+class ServerTable(Protocol):
+    """The configured upstreams, in order of priority."""
+
+    @property
+    def upstreams(self) -> Mapping[str, Server]:
+        """Every upstream by name."""
+        ...
+
+    @property
+    def default_model(self) -> str | None:
+        """The model of agents that name neither a model nor an upstream."""
+        ...
+
+    def resolve(
+        self, name: str | None, *, upstream: str | None = None, default_model: str | None = None
+    ) -> ServerBinding:
+        """Bind the model name of an agent."""
+        ...
+
+    def find_model(self, model_id: str) -> ServerBinding | None:
+        """Bind the id ``upstream/model`` of a raw model."""
+        ...
+
+    def list_models(self) -> Sequence[ListedModel]:
+        """Return the models that are known by name."""
+        ...
+
+
+class ModelTable(Protocol):
+    """What a model name means: the upstream table, with or without routing on top."""
+
+    def resolve(self, name: str | None, *, upstream: str | None = None, default_model: str | None = None) -> Binding:
+        """Bind the model name of an agent; raise the table's own error for one that nobody serves."""
+        ...
+
+    def find_model(self, model_id: str) -> Binding | None:
+        """Bind the id of a raw model, or return None."""
+        ...
+
+    def list_models(self) -> Sequence[ListedModel]:
+        """Return the models that are known by name."""
+        ...
