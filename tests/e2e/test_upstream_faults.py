@@ -23,7 +23,7 @@ FAULTS: dict[str, tuple[int, str | None]] = {
     "[status=403] say No thanks": (502, "upstream_auth_error"),
     "[status=404] say No thanks": (502, "upstream_model_not_found"),
     "[status=413] say No thanks": (413, None),
-    "[status=429 retry=7] say No thanks": (429, "rate_limit_exceeded"),
+    "[status=429 retry=7 code=rate_limit_exceeded] say No thanks": (429, "rate_limit_exceeded"),
     "[status=500] say No thanks": (502, "upstream_error"),
     "[status=502] say No thanks": (502, "upstream_error"),
     "[status=503] say No thanks": (503, "upstream_unavailable"),
@@ -123,6 +123,15 @@ def test_an_endless_line_is_cut_and_memory_stays(gateway: Gateway, model: str) -
     events = [line[6:] for line in answer.body.decode().splitlines() if line.startswith("data: ")]
     assert json.loads(events[-1])["error"]["code"] == "upstream_malformed"
     assert gateway.rss_mb() - before < 60
+
+
+def test_an_agent_explains_a_limit_that_its_upstream_does_not(gateway: Gateway) -> None:
+    answer = ask(gateway, AGENT, "[status=429 retry=3] say No thanks")
+    assert (answer.status, answer.error["code"], answer.error["type"]) == (
+        429,
+        "rate_limit_exceeded",
+        "rate_limit_error",
+    )
 
 
 @pytest.mark.parametrize("retry", ["1", "86400", "garbage", "-5"])

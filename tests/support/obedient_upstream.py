@@ -257,7 +257,7 @@ async def _refuse(writer: asyncio.StreamWriter, turn: Turn) -> bool:
     options = turn.options
     error = {
         "message": turn.text or "canary-upstream-message",
-        "type": "invalid_request_error",
+        "type": "rate_limit_error" if options["status"] == "429" else "invalid_request_error",
         "param": options.get("param"),
         "code": options.get("code"),
     }
