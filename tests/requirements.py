@@ -21,6 +21,10 @@ LOGS = "e2e/test_ids_and_logs.py::"
 TOOLS = "e2e/test_client_tools.py::"
 LEAVES = "e2e/test_client_leaves.py::"
 MCP = "e2e/test_mcp.py::"
+START = "e2e/test_quick_start.py::"
+SMOKE = "test_smoke_gateway.py::"
+KEYS = "unit/test_keys.py::"
+EXECUTOR = "unit/test_executor.py::"
 
 PROVED: dict[str, tuple[str, ...]] = {
     "AC-1": (
@@ -130,6 +134,53 @@ PROVED: dict[str, tuple[str, ...]] = {
     ),
     "G-42": (RELOAD + "test_yaml_agents_appear_change_and_win_over_a_drop_in",),
     "G-50": (RELOAD + "test_yaml_agents_appear_change_and_win_over_a_drop_in",),
+    "G-34": ("unit/test_declarative_agents.py::test_defaults_hold_for_drop_ins_that_name_nothing",),
+    "G-35": (
+        "unit/test_discovery.py::test_requirements_that_are_missing_or_of_a_wrong_version",
+        "test_repository.py::test_dependencies_of_agents_are_shown_before_anything_is_installed",
+    ),
+    "G-38": (
+        "unit/test_discovery.py::test_extra_roots_come_after_the_first",
+        "unit/test_discovery.py::test_a_package_as_root",
+    ),
+    "G-51": (
+        EXECUTOR + "test_no_tool_runs_where_the_limit_of_hops_is_zero",
+        EXECUTOR + "test_more_tool_hops_than_allowed_is_an_error_that_says_so",
+    ),
+    "G-52": (
+        "unit/test_upstreams_config.py::test_presets_fill_the_address",
+        "unit/test_upstreams_config.py::test_mistake_in_the_file_is_named",
+    ),
+    "G-59": (
+        "unit/test_instrument.py::test_everything_reachable_is_found_once_cycles_included",
+        LOGS + "test_metrics_as_json_and_for_prometheus",
+    ),
+    "G-70": (
+        KEYS + "test_everything_a_key_may_say",
+        KEYS + "test_a_wrong_file_is_refused_with_the_sentence_that_mends_it",
+    ),
+    "G-72": (KEYS + "test_a_key_without_a_list_inherits_the_defaults",),
+    "G-75": (
+        KEYS + "test_without_any_key_configured_a_local_caller_needs_none",
+        REFUSALS + "test_production_without_a_key_does_not_start_and_says_how_to_make_one",
+    ),
+    "G-76": (KEYS + "test_the_environments_key_is_an_admin_beside_those_of_the_file",),
+    "G-77": (
+        KEYS + "test_production_refuses_the_dev_key_beside_a_good_one",
+        REFUSALS + "test_production_does_not_know_the_development_key",
+    ),
+    "G-80": (
+        "unit/test_settings.py::test_a_wrong_value_names_its_variable",
+        "test_docs.py::test_every_setting_is_documented",
+    ),
+    "G-90": (LOGS + "test_every_line_of_the_log_is_json_with_the_same_fields",),
+    "G-91": ("unit/test_metrics.py::test_the_names_that_dashboards_know",),
+    "G-93": ("unit/test_metrics.py::test_recent_errors_keep_the_last_ones_newest_first",),
+    "G-103": ("test_packaging.py::test_the_sbom_is_valid_and_names_every_locked_package",),
+    "G-108": ("test_docs.py::test_every_page_is_reached_from_the_index",),
+    "G-110": (SMOKE + "test_it_answers_and_its_tool_is_really_called",),
+    "G-111": (START + "test_the_documented_curl_lists_models",),
+    "G-116": (SMOKE + "test_it_streams",),
     "G-112": (WEATHER + "test_official_client_lists_and_chats_at_root_and_v1",),
     "W-01": (WEATHER + "test_official_client_streams_and_the_tool_is_really_called",),
     "W-02": (BROKEN + "test_nothing_denied_was_executed",),
@@ -158,6 +209,13 @@ PROVED: dict[str, tuple[str, ...]] = {
         RELOAD + "test_syntax_error_keeps_the_last_good_version_and_is_visible",
         STORM + "test_no_healthy_stream_fails_or_is_cut",
     ),
+    "P-4": (
+        REFUSALS + "test_refusal_has_its_status_and_openais_shape",
+        REFUSALS + "test_hidden_foreign_models_do_not_exist",
+        "unit/test_acl.py::test_it_agrees_with_a_reference_written_another_way",
+        TOOLS + "test_what_a_turn_left_behind_belongs_to_the_key_that_left_it",
+    ),
+    "P-8": (FAULTS + "test_an_endless_line_is_cut_and_memory_stays",),
     "P-10": (LOGS + "test_no_secret_and_no_prompt_is_in_the_log",),
 }
 """Promise → the tests that prove it."""
