@@ -33,6 +33,7 @@ def fastapi_rows() -> Iterator[tuple[str, str]]:
 
 
 def concrete(path: str) -> str:
+    path = path.replace("{file_id}", "file-1").replace("{batch_id}", "batch_1")
     return path.replace("{model:path}", "default/weatheragent").replace("{model}", "default/weatheragent")
 
 
@@ -117,7 +118,10 @@ def test_absolute_form_of_the_request_target(gateway: Gateway) -> None:
 
 def test_every_route_of_the_table_works_with_an_admin_key(gateway: Gateway) -> None:
     for method, path in table_rows():
-        if "chat/completions" in path:
+        # Surfaces of raw models have a file of tests of their own, and an upstream that has them.
+        if any(word in path for word in ("completions", "embeddings", "audio", "images", "moderations")):
+            continue
+        if path.startswith(("/v1/files", "/v1/batches")) and method != "GET":
             continue
         answer = gateway.request(method, concrete(path), key=ADMIN)
         assert answer.status == 200, (method, path, answer.body[:300])

@@ -50,7 +50,9 @@ class Request:
 
     @property
     def json(self) -> dict[str, Any]:
-        """The body as JSON."""
+        """The body as JSON; empty for a form."""
+        if self.headers.get("content-type", "").startswith("multipart/"):
+            return {}
         decoded: dict[str, Any] = json.loads(self.body or b"{}")
         return decoded
 
@@ -186,7 +188,10 @@ class ScriptedUpstream:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         method, path, _ = head[0].split(" ", 2)
         headers = {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in head[1:] if line)}
-        body = await reader.readexactly(int(headers.get("content-length", 0)))
+        if headers.get("transfer-encoding") == "chunked":
+            body = b"".join([piece async for piece in _chunks(reader)])
+        else:
+            body = await reader.readexactly(int(headers.get("content-length", 0)))
         with self._changed:
             request = Request(len(self.requests) + 1, method, path, headers, body, connection, time.monotonic())
             if not path.startswith("/__"):
@@ -254,6 +259,12 @@ class _Wire(asyncio.StreamReaderProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.gone.set()
         super().connection_lost(exc)
+
+
+async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    while size := int((await reader.readuntil(b"\r\n")).strip(), 16):
+        yield (await reader.readexactly(size + 2))[:-2]
+    await reader.readexactly(2)
 
 
 async def _paced(steps: Steps) -> AsyncIterator[bytes | str]:

@@ -19,6 +19,9 @@ _DESCRIPTION = (
     "Agents of the OpenAI Agents SDK, served as models of an OpenAI-compatible API. Every answer carries "
     '`x-request-id`; every error is `{"error": {message, type, param, code}}`.'
 )
+_FORMS = ("audio.tr", "images.", "files.")
+"""Actions whose requests may be forms."""
+
 _BODIES: dict[str, type[msgspec.Struct]] = {"chat.completions.create": ChatRequest}
 
 
@@ -59,8 +62,15 @@ def _operation(route: Route, known: dict[str, Any] | None) -> dict[str, Any]:
     body = _BODIES.get(route.action)
     if body is not None:
         operation["requestBody"] = {"required": True, "content": _json_content(f"#/components/schemas/{body.__name__}")}
+    elif route.method == "POST" and route.handler is not None:
+        types = ["application/json"]
+        if route.action.startswith(_FORMS):
+            types.append("multipart/form-data")
+        operation["requestBody"] = {"content": {kind: {"schema": {"type": "object"}} for kind in types}}
     answers = {status: answer for status, answer in (known or {}).get("responses", {}).items() if status != "422"}
     answers |= ANSWERS.get(route.action, {})
+    if "200" not in answers:
+        answers["200"] = {"description": "The upstream's answer, as it came.", "content": {"*/*": {}}}
     answers["default"] = {
         "description": "An error, with its own status.",
         "content": _json_content("#/components/schemas/Error"),

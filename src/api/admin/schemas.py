@@ -164,6 +164,12 @@ ANSWERS: dict[str, dict[str, Any]] = {
             events=_ref("ChatCompletionChunk"),
         )
     },
+    "completions.create": {
+        "200": _answer(
+            "OpenAI's completion; with `stream: true`, events of it.", json={"type": "object"}, events=_STRING
+        )
+    },
+    "embeddings.create": {"200": _answer("OpenAI's list of embeddings.", json={"type": "object"})},
     "models.list": {"200": _answer("The models the key reaches.", json=_ref("ModelList"))},
     "models.get": {"200": _answer("The model.", json=_ref("Model"))},
     "service.overview": {"200": _answer("The service.", json=_ref("Overview"))},

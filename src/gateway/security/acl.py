@@ -16,6 +16,11 @@ def allows(principal: Principal, model_id: str) -> bool:
     return _match(principal.allow, model_id) is not None
 
 
+def allows_all(principal: Principal, prefix: str) -> bool:
+    """Return whether one pattern of the principal matches every id that begins with ``prefix``."""
+    return any(pattern.endswith("*") and fnmatchcase(prefix, pattern) for pattern in principal.allow)
+
+
 def find_pattern(principal: Principal, model_id: str) -> str | None:
     """Return the pattern that grants the model, or None: what a log or a preview says about a decision."""
     return _match(principal.allow, model_id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 OnHead = Callable[[int, Mapping[bytes, bytes]], None]
 """Is told status and headers (lower-case names) of a successful answer before its first byte."""
@@ -28,6 +29,21 @@ class ByteRequest:
     content_type: str | None = None
     accept: str = "*/*"
     length: int | None = None
+
+
+class ByteTarget(Protocol):
+    """The part of an upstream that relays bytes."""
+
+    @property
+    def name(self) -> str:
+        """Its configured name."""
+        ...
+
+    def relay(
+        self, request: ByteRequest, *, request_id: str | None = None, on_head: OnHead | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield the answer of a relayed request as it comes."""
+        ...
 
 
 def shown_headers(headers: Mapping[bytes, bytes]) -> tuple[tuple[bytes, bytes], ...]:

@@ -1,0 +1,142 @@
+"""Byte relay: calls whose bodies and answers the gateway does not model (audio, images, moderations, files, batches).
+
+The model, where a call names one, is judged as everywhere. A call without a model goes to an upstream as a whole, and
+so needs a key that reaches all of it.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Protocol
+
+from gateway.admission import agents_chat_only, authorize_model
+from gateway.chat import RelayRequest
+from gateway.config import Settings
+from gateway.errors import GatewayError, NotFound, PermissionDenied, UpstreamMalformed
+from gateway.events import RelayedChunk, RelayedHead, RelayEnded, RunEvent
+from gateway.principal import Principal
+from gateway.registry.entry import AgentEntry
+from gateway.run import Run
+from gateway.security.acl import allows_all
+from gateway.snapshot import Snapshot
+from gateway.upstreams.relaying import ByteRequest, ByteTarget, shown_headers
+
+_CONTENT_TYPE = re.compile(rb"[\x20-\x7e]{1,256}")
+_BINARY = b"application/octet-stream"
+
+
+class _Binding(Protocol):
+    @property
+    def upstream(self) -> ByteTarget: ...
+
+    @property
+    def model(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where a call goes. ``model`` is the canonical id for logs and metrics, ``name`` what the upstream calls it."""
+
+    upstream: ByteTarget
+    model: str
+    name: str | None
+
+
+def choose_destination(
+    model: str | None, upstream: str | None, principal: Principal, snapshot: Snapshot
+) -> Destination:
+    """Return where a call goes: to the model it names, else to ``upstream`` (or the default one) as a whole.
+
+    Raises as `authorize_model` does; `UnsupportedValue` for an agent; `PermissionDenied` or `NotFound` for an upstream
+    of which the key does not reach every model.
+    """
+    if model is not None:
+        target = authorize_model(model, principal, snapshot)
+        if isinstance(target, AgentEntry):
+            raise agents_chat_only(target)
+        binding: _Binding = target
+        return Destination(binding.upstream, model, binding.model)
+    table = snapshot.upstreams
+    found = table.upstreams.get(upstream) if upstream is not None else table.default
+    hidden = snapshot.keyring.hide_foreign_models
+    if found is not None and (principal.is_drop_in or allows_all(principal, f"{found.name}/")):
+        return Destination(found, f"{found.name}/*", None)
+    if found is None or hidden:
+        name = f"'{(upstream or '')[:64]}' " if upstream is not None else ""
+        raise NotFound(
+            f"There is no upstream {name}that your key reaches. Name one in the header x-upstream, or a model in the "
+            "request."
+        )
+    raise PermissionDenied(
+        f"A request without a model reaches all of the upstream '{found.name}', and the key '{principal.key_id}' does "
+        f"not. Its owner adds '{found.name}/*' to allow_agents, or the request names a model."
+    )
+
+
+def byte_run(
+    destination: Destination,
+    path: str,
+    *,
+    principal: Principal,
+    request_id: str,
+    settings: Settings,
+    headers: Mapping[str, str] | None = None,
+) -> Run:
+    """Return the run of one byte relay; ``path`` is the route's template."""
+    return Run(
+        id=uuid.uuid4(),
+        request_id=request_id,
+        principal=principal,
+        model=destination.model,
+        request=RelayRequest(model=destination.model, fields={}, path=path),
+        streamed=False,
+        created=int(time.time()),
+        deadline_s=settings.run_timeout_s,
+        headers=headers or {},
+    )
+
+
+class ByteRelayExecutor:
+    """Relays one call; yields `RelayedHead`, the answer's bytes, `RelayEnded`."""
+
+    def __init__(self, upstream: ByteTarget, request: ByteRequest) -> None:
+        self._upstream = upstream
+        self._request = request
+
+    async def execute(self, run: Run) -> AsyncIterator[RunEvent]:
+        """See `gateway.run.Executor.execute`."""
+        heads: list[RelayedHead] = []
+
+        def on_head(status: int, headers: Mapping[bytes, bytes]) -> None:
+            heads.append(RelayedHead(shown_headers(headers), status, self._content_type(headers)))
+
+        try:
+            pieces = self._upstream.relay(self._request, request_id=run.request_id, on_head=on_head)
+            async with aclosing(pieces):
+                async for piece in pieces:
+                    if heads:
+                        yield heads.pop()
+                    yield RelayedChunk(piece)
+            if heads:
+                yield heads.pop()
+            yield RelayEnded("stop", None)
+        except GatewayError as error:
+            error.is_relayed = True
+            raise
+
+    def _content_type(self, headers: Mapping[bytes, bytes]) -> bytes:
+        """Return the answer's type. A page is a login portal's, or a file that must not run in a browser here."""
+        given = headers.get(b"content-type", _BINARY)
+        kind = given.partition(b";")[0].strip().lower()
+        if kind not in (b"text/html", b"application/xhtml+xml", b"image/svg+xml"):
+            return given if _CONTENT_TYPE.fullmatch(given) else _BINARY
+        if self._request.path.partition("?")[0].endswith("/content"):
+            return _BINARY
+        raise UpstreamMalformed(
+            f"The upstream '{self._upstream.name}' answered with a web page. See whether its base_url is right."
+        )
