@@ -27,6 +27,7 @@ class Snapshot:
     derived: dict[Any, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Answers that follow from this snapshot alone, such as model lists: made once, gone with it."""
 
+
 class SnapshotHolder:
     """Owns the current `Snapshot`. Swapping is atomic on the event loop: no reader needs a lock."""
 
