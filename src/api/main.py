@@ -16,6 +16,7 @@ from typing import Any
 
 from api.bootstrap import Gateway, open_gateway
 from api.dependencies import caller, read_headers, request_id
+from api.draining import draining
 from api.errors import error_response, public
 from api.route_table import TABLE
 from api.routing import Receive, Request, Response, Route, RouteTable, Scope, Send
@@ -68,6 +69,8 @@ class GatewayApp:
                 message = f"The gateway could not start: {type(error).__name__}: {error}. The line above has the cause."
                 await send({"type": "lifespan.startup.failed", "message": message})
                 return
+            engine, drain_s = self._gateway.engine, settings.drain_s
+            stack.enter_context(draining(lambda: engine.drain(drain_s)))
             await send({"type": "lifespan.startup.complete"})
             await receive()
             self._gateway.loaded.set()

@@ -132,6 +132,9 @@ class Settings:
         "Seconds a client may take to send its body, or the next piece of an upload.",
     )
     run_timeout_s: float = setting("GATEWAY_RUN_TIMEOUT_S", 600.0, "Seconds a run may take in all.")
+    drain_s: float = setting(
+        "GATEWAY_SHUTDOWN_DRAIN_S", 20.0, "Seconds that live runs may take to end once the process is asked to stop."
+    )
     ping_s: float = setting("GATEWAY_STREAM_PING_S", 15.0, "Seconds of silence before a stream sends a comment.")
     header_allowlist: tuple[str, ...] = setting(
         "GATEWAY_CONTEXT_HEADERS",

@@ -25,6 +25,8 @@ from gateway_cli.errors import CliError
 from gateway_cli.settings import read_settings
 from gateway_cli.state import announce, find_running
 
+_DRAIN_S = 3
+"""Seconds that live runs get at the end: whoever presses Ctrl-C waits."""
 _GRACE_S = 5
 _IN_USE = (errno.EADDRINUSE, getattr(errno, "WSAEADDRINUSE", errno.EADDRINUSE))
 _Message = MutableMapping[str, Any]
@@ -42,6 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         host=arguments.host or settings.host,
         port=settings.port if arguments.port is None else arguments.port,
         agent_auto_reload=not arguments.no_watch,
+        drain_s=min(settings.drain_s, _DRAIN_S),
     )
     listener = _listen(settings)
     settings = replace(settings, port=listener.getsockname()[1])

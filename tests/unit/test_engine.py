@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from gateway.chat import decode_body, decode_chat
-from gateway.errors import GatewayError, RunTimedOut, UpstreamError
+from gateway.errors import GatewayError, RunTimedOut, ShuttingDown, UpstreamError
 from gateway.events import RunEvent, RunFinished, TextDelta, Usage
 from gateway.observability.metrics import Metrics
 from gateway.principal import Principal
@@ -129,3 +129,41 @@ def test_cancelling_the_caller_closes_the_executor_first() -> None:
         assert executor.closed.is_set()
 
     asyncio.run(main())
+
+
+def test_draining_tells_the_runs_that_do_not_end_in_time() -> None:
+    async def main() -> tuple[BaseException, BaseException, bool]:
+        engine, never = RunEngine(Metrics()), Scripted([TextDelta("a")], lambda: asyncio.Event().wait())
+        begun = asyncio.Event()
+
+        async def sink(event: RunEvent) -> None:
+            begun.set()
+
+        live = asyncio.ensure_future(engine.execute(RUN, never, sink))
+        await begun.wait()
+        engine.drain(0.05)
+        late = asyncio.ensure_future(engine.execute(RUN, Scripted([], lambda: asyncio.Event().wait()), sink))
+        first, second = await asyncio.gather(live, late, return_exceptions=True)
+        assert isinstance(first, BaseException) and isinstance(second, BaseException)
+        return first, second, never.closed.is_set()
+
+    live, late, closed = asyncio.run(main())
+    assert isinstance(live, ShuttingDown) and isinstance(late, ShuttingDown) and closed
+    assert (live.status, live.type, live.code) == (503, "service_unavailable_error", "shutting_down")
+    assert live.retry_after_s is not None
+
+
+def test_a_run_that_ends_while_the_gateway_drains_is_not_cut() -> None:
+    async def main() -> list[RunEvent]:
+        engine, seen, go = RunEngine(Metrics()), list[RunEvent](), asyncio.Event()
+
+        async def sink(event: RunEvent) -> None:
+            seen.append(event)
+            if not go.is_set():
+                engine.drain(30)
+                go.set()
+
+        await engine.execute(RUN, Scripted([TextDelta("a"), RunFinished("stop", None)]), sink)
+        return seen
+
+    assert asyncio.run(main()) == [TextDelta("a"), RunFinished("stop", None)]

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import cast
 
-from gateway.errors import GatewayError, RunTimedOut
+from gateway.errors import GatewayError, RunTimedOut, ShuttingDown
 from gateway.events import RelayedBody, RelayEnded, Routed, RunEvent, RunFinished, Usage
 from gateway.observability.logs import log_event
 from gateway.observability.metrics import Metrics
@@ -30,6 +30,15 @@ class RunEngine:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self.recent_errors = RecentErrors()
+        self._live: set[asyncio.Timeout] = set()
+        self._ends_at: float | None = None
+
+    def drain(self, seconds: float) -> None:
+        """End every run, live or yet to come, with `ShuttingDown` in ``seconds`` from now; the first call counts."""
+        if self._ends_at is None:
+            self._ends_at = asyncio.get_running_loop().time() + seconds
+            for deadline in self._live:
+                _bring_forward(deadline, self._ends_at)
 
     async def execute(self, run: Run, executor: Executor, sink: Sink) -> None:
         """Hand every event of the run to ``sink``, in order; return when the run is finished.
@@ -44,8 +53,12 @@ class RunEngine:
         usage: Usage | None = None
         finish_reason: str | None = None
         error: GatewayError | None = None
+        deadline = asyncio.timeout(run.deadline_s)
         try:
-            async with asyncio.timeout(run.deadline_s) as deadline:
+            async with deadline:
+                self._live.add(deadline)
+                if self._ends_at is not None:
+                    _bring_forward(deadline, self._ends_at)
                 events = cast("AsyncGenerator[RunEvent, None]", executor.execute(run))
                 async with aclosing(events):
                     async for event in events:
@@ -60,10 +73,7 @@ class RunEngine:
             outcome = "failure"
             if not deadline.expired():
                 raise
-            error = RunTimedOut(
-                f"The run passed its limit of {run.deadline_s:g} s. Ask for a shorter answer, or raise the agent's "
-                "'timeout_s' or GATEWAY_RUN_TIMEOUT_S."
-            )
+            error = self._out_of_time(run, deadline)
             raise error from cause
         except GatewayError as failure:
             error, outcome = failure, "failure"
@@ -72,6 +82,7 @@ class RunEngine:
             outcome = "failure"
             raise
         finally:
+            self._live.discard(deadline)
             seconds = time.perf_counter() - started
             self._metrics.run_finished(run.model, run.streamed, outcome, seconds)
             if outcome == "failure":
@@ -94,6 +105,20 @@ class RunEngine:
                 usage_estimated=usage.estimated if usage else None,
                 duration_ms=round(seconds * 1000, 2),
             )
+
+    def _out_of_time(self, run: Run, deadline: asyncio.Timeout) -> GatewayError:
+        if self._ends_at is not None and deadline.when() == self._ends_at:
+            return ShuttingDown("The gateway is shutting down; send the request again in a moment.", retry_after_s=1)
+        return RunTimedOut(
+            f"The run passed its limit of {run.deadline_s:g} s. Ask for a shorter answer, or raise the agent's "
+            "'timeout_s' or GATEWAY_RUN_TIMEOUT_S."
+        )
+
+
+def _bring_forward(deadline: asyncio.Timeout, when: float) -> None:
+    before = deadline.when()
+    if not deadline.expired() and (before is None or before > when):
+        deadline.reschedule(when)
 
 
 def _record(run: Run, error: GatewayError | None) -> ErrorRecord:
