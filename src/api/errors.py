@@ -43,7 +43,7 @@ def error_response(error: GatewayError) -> Response:
     if error.should_retry is not None:
         headers.append((b"x-should-retry", b"true" if error.should_retry else b"false"))
     if isinstance(error, MethodNotAllowed):
-        headers.append((b"allow", b"GET, POST"))
+        headers.append((b"allow", ", ".join(error.allow).encode()))
     if error.routed is not None:
         headers += routed_headers(*error.routed)
     if error.is_relayed:

@@ -96,7 +96,9 @@ class RouteTable:
             raise NotFound(f"Nothing answers at {path[:200]}. The API is described at /docs.")
         route = methods.get("GET" if method == "HEAD" else method)
         if route is None:
-            raise MethodNotAllowed(f"{path[:200]} answers {' and '.join(sorted(methods))}, not {method}.")
+            raise MethodNotAllowed(
+                f"{path[:200]} answers {' and '.join(sorted(methods))}, not {method}.", allow=tuple(sorted(methods))
+            )
         return route, params
 
     def _add(self, path: str, route: Route) -> None:

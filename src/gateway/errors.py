@@ -177,6 +177,10 @@ class MethodNotAllowed(GatewayError):
     status, type, code = 405, "invalid_request_error", "method_not_allowed"
     domain = "caller"
 
+    def __init__(self, message: str, *, allow: tuple[str, ...] = ("GET", "POST")) -> None:
+        super().__init__(message)
+        self.allow = allow
+
 
 class RequestTimedOut(GatewayError):
     """The client took too long to send its body."""

@@ -47,8 +47,9 @@ def test_shipped_file_is_valid_and_empty() -> None:
 def test_shipped_examples_load(tmp_path: Path) -> None:
     text = (REPOSITORY / "src/config/upstreams.yaml").read_text().split("upstreams: []\n")[1]
     lines = [line.removeprefix("# ").removeprefix("#") for line in text.splitlines() if "What a model name" not in line]
-    config = load(tmp_path, "\n".join(lines), {"OPENAI_API_KEY": "sk-x", "OTHER_API_KEY": "y"})
-    assert [u.name for u in config.upstreams] == ["openai", "lmstudio", "ollama", "vllm", "other"]
+    env = {"OPENAI_API_KEY": "sk-x", "OTHER_API_KEY": "y", "GROQ_KEY_A": "a", "GROQ_KEY_B": "b"}
+    config = load(tmp_path, "\n".join(lines), env)
+    assert [u.name for u in config.upstreams] == ["openai", "lmstudio", "ollama", "vllm", "groq", "other"]
 
 
 def test_openai_key_adds_openai(tmp_path: Path) -> None:

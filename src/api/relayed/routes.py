@@ -83,7 +83,11 @@ async def _prepare(request: Request, upload: Upload, path: str, model: NamesMode
 
     def choose(name: str | None) -> Destination:
         return choose_destination(
-            name, request.headers.get("x-upstream"), request.caller, request.gateway.holder.current
+            name,
+            request.caller,
+            request.gateway.holder.current,
+            upstream=request.headers.get("x-gateway-upstream"),
+            default_upstream=request.headers.get("x-upstream"),
         )
 
     if method != "POST":

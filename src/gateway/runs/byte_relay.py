@@ -48,20 +48,28 @@ class Destination:
 
 
 def choose_destination(
-    model: str | None, upstream: str | None, principal: Principal, snapshot: Snapshot
+    model: str | None,
+    principal: Principal,
+    snapshot: Snapshot,
+    *,
+    upstream: str | None = None,
+    default_upstream: str | None = None,
 ) -> Destination:
-    """Return where a call goes: to the model it names, else to ``upstream`` (or the default one) as a whole.
+    """Return where a call goes: to the model it names, else to an upstream as a whole.
+
+    ``upstream`` is the caller's own choice, which holds for models, too; ``default_upstream`` is for calls without a
+    model; else the configured default serves those.
 
     Raises as `authorize_model` does; `UnsupportedValue` for an agent; `PermissionDenied` or `NotFound` for an upstream
     of which the key does not reach every model.
     """
     if model is not None:
-        target = authorize_model(model, principal, snapshot)
+        target = authorize_model(model, principal, snapshot, upstream=upstream)
         if isinstance(target, AgentEntry):
             raise agents_chat_only(target)
         binding: _Binding = target
         return Destination(binding.upstream, model, binding.model)
-    table = snapshot.upstreams
+    table, upstream = snapshot.upstreams, upstream or default_upstream
     found = table.upstreams.get(upstream) if upstream is not None else table.default
     hidden = snapshot.keyring.hide_foreign_models
     if found is not None and (principal.is_drop_in or allows_all(principal, f"{found.name}/")):

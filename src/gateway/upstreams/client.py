@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from gateway.chat import CHAT_PATH
-from gateway.errors import AgentMisconfigured, ConfigError, GatewayError, UpstreamMalformed
+from gateway.errors import AgentMisconfigured, ConfigError, GatewayError, UpstreamMalformed, UpstreamRejected
 from gateway.observability.logs import log_event
 from gateway.upstreams.config import HEADER_NAME, HEADER_VALUE, OWN_HEADERS, Api, UpstreamConfig
 from gateway.upstreams.failures import failure_of_status, retry_after_s
@@ -142,7 +142,8 @@ class Upstream(ABC):
                     yield piece
             status = 200
         except GatewayError as error:
-            status = self._failed(request.path.partition("?")[0], error, started)
+            if error.domain == "upstream" or isinstance(error, UpstreamRejected):
+                status = self._failed(request.path.partition("?")[0], error, started)
             raise
         finally:
             self._record(status, started)
