@@ -161,7 +161,7 @@ def _environment(home: Path, extra: Mapping[str, str]) -> dict[str, str]:
         "GATEWAY_AGENT_DISCOVERY_PATH": str(home / "agents"),
         "GATEWAY_STATE_DIR": str(home / "state"),
     }
-    for name in ("upstreams", "security", "agents"):
+    for name in ("upstreams", "security", "agents", "routing"):
         if (home / f"{name}.yaml").is_file():
             own[f"GATEWAY_{name.rstrip('s').upper()}_CONFIG"] = str(home / f"{name}.yaml")
     return inherited | coverage | own | dict(extra)

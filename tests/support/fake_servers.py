@@ -1,0 +1,96 @@
+"""Upstreams without a socket for tests of routing: each answers what it was told, or fails."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gateway.errors import GatewayError
+from gateway.upstreams.config import UpstreamConfig
+from gateway.upstreams.status import UpstreamStatus
+
+
+@dataclass(eq=False)
+class FakeServer:
+    """Takes the next of ``script`` for each call (the last one stays): an error to raise, or True to answer."""
+
+    name: str
+    script: list[GatewayError | bool] = field(default_factory=lambda: [True])
+    models: tuple[str, ...] = ("m",)
+    api: Literal["chat", "responses"] = "chat"
+    bodies: list[bytes] = field(default_factory=list)
+    fails_after_first: GatewayError | None = None
+    base_url: str = ""
+    status: UpstreamStatus = field(default_factory=UpstreamStatus)
+
+    @property
+    def config(self) -> UpstreamConfig:
+        return UpstreamConfig(name=self.name, models=self.models)
+
+    def _next(self, body: bytes) -> None:
+        self.bodies.append(body)
+        step = self.script.pop(0) if len(self.script) > 1 else self.script[0]
+        if isinstance(step, GatewayError):
+            raise step
+
+    async def post(self, path: str, body: bytes, **options: Any) -> bytes:
+        self._next(body)
+        return self.name.encode()
+
+    async def stream(self, path: str, body: bytes, **options: Any) -> AsyncGenerator[bytes, None]:
+        self._next(body)
+        yield self.name.encode()
+        if self.fails_after_first is not None:
+            raise self.fails_after_first
+        yield b"end"
+
+    async def chat(self, body: bytes, **options: Any) -> bytes:
+        return await self.post("/chat/completions", body)
+
+    def chat_stream(self, body: bytes, **options: Any) -> AsyncGenerator[bytes, None]:
+        return self.stream("/chat/completions", body)
+
+    async def relay(self, request: Any, **options: Any) -> AsyncGenerator[bytes, None]:
+        self._next(b"")
+        yield self.name.encode()
+
+    async def check(self) -> object:
+        return self.status
+
+
+@dataclass(frozen=True)
+class FakeBinding:
+    upstream: FakeServer
+    model: str
+
+
+@dataclass(frozen=True)
+class FakeTable:
+    """The upstream table in as many lines as the tests need."""
+
+    upstreams: Mapping[str, FakeServer]
+    default_model: str | None = None
+
+    def resolve(
+        self, name: str | None, *, upstream: str | None = None, default_model: str | None = None
+    ) -> FakeBinding:
+        asked = name or default_model or "m"
+        prefix, slash, rest = asked.partition("/")
+        if slash:
+            return FakeBinding(self.upstreams[prefix], rest)
+        chosen = [self.upstreams[upstream]] if upstream is not None else self.upstreams.values()
+        return next(FakeBinding(server, asked) for server in chosen if asked in server.models)
+
+    def find_model(self, model_id: str) -> FakeBinding | None:
+        prefix, _, model = model_id.partition("/")
+        server = self.upstreams.get(prefix)
+        return FakeBinding(server, model) if server is not None and model in server.models else None
+
+    def list_models(self) -> Sequence[Any]:
+        return ()
+
+
+def table(*servers: FakeServer) -> FakeTable:
+    """Return a table of these, in order of priority."""
+    return FakeTable({server.name: server for server in servers})
