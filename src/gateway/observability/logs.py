@@ -78,8 +78,13 @@ def log_event(
 
     Fields that are None are left out. ``exc_info`` adds type, text and traceback: it stays on the server.
     """
-    if logger.isEnabledFor(level):
+    if not logger.isEnabledFor(level):
+        return
+    handler = _only_handler(logger)
+    if handler is None:
         logger.handle(_EventRecord(logger.name, level, event, message or event, exc_info, fields))
+    else:
+        handler.write(_line(time.time(), level, logger.name, event, message or event, exc_info, fields))
 
 
 def configure_logging(level: str = "info", stream: TextIO | None = None) -> logging.Handler:
@@ -112,9 +117,13 @@ class JsonHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line."""
+        self.write(format_record(record))
+
+    def write(self, line: str) -> None:
+        """Write a line, newline included."""
         stream = self._stream or sys.stderr
         try:
-            stream.write(format_record(record))
+            stream.write(line)
             stream.flush()
         except (OSError, ValueError):
             return
@@ -122,19 +131,47 @@ class JsonHandler(logging.Handler):
 
 def format_record(record: logging.LogRecord) -> str:
     """Return the JSON line of a record, newline included."""
-    line: dict[str, Any] = {
-        "timestamp": _timestamp(record.created),
-        "level": record.levelname.lower(),
-        "logger": record.name,
-        "event": None,
-        "request_id": _REQUEST_ID.get(),
-        "message": None,
-    }
     if isinstance(record, _EventRecord):
-        line["event"], fields = record.event, record.fields
+        event, fields = record.event, record.fields
     else:
-        fields = {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
-    line["message"] = clean_text(record.getMessage())
+        event, fields = None, {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
+    error = record.exc_info[1] if record.exc_info else None
+    return _line(record.created, record.levelno, record.name, event, record.getMessage(), error, fields)
+
+
+def _only_handler(logger: logging.Logger) -> JsonHandler | None:
+    """Return the JSON handler if nobody else listens to a logger: then no record has to be made."""
+    if logger.filters:
+        return None
+    found: JsonHandler | None = None
+    heard: logging.Logger | None = logger
+    while heard is not None:
+        for handler in heard.handlers:
+            if found is not None or type(handler) is not JsonHandler or handler.filters or handler.level:
+                return None
+            found = handler
+        heard = heard.parent if heard.propagate else None
+    return found
+
+
+def _line(
+    created: float,
+    level: int,
+    logger: str,
+    event: str | None,
+    message: str,
+    error: BaseException | None,
+    fields: Mapping[str, Any],
+) -> str:
+    second = int(created)
+    line: dict[str, Any] = {
+        "timestamp": f"{_second(second)}.{int((created - second) * 1000):03d}Z",
+        "level": _level_name(level),
+        "logger": logger,
+        "event": event,
+        "request_id": _REQUEST_ID.get(),
+        "message": clean_text(message),
+    }
     for name, value in fields.items():
         if value is None:
             continue
@@ -144,17 +181,19 @@ def format_record(record: logging.LogRecord) -> str:
         if kind is int or kind is float:
             line[name] = value
         elif kind is str and not _is_secret(name):
-            line[name] = _scrub_short(value) if len(value) <= _SHORT else _scrub(value, _LONGEST_TEXT)
+            line[name] = clean_text(value)
         else:
             line[name] = _clean(name, value, 0)
-    if record.exc_info and record.exc_info[1] is not None:
-        line["exception"] = _exception(record.exc_info[1])
+    if error is not None:
+        line["exception"] = _exception(error)
     return _encode(line).decode() + "\n"
 
 
 def clean_text(text: str, longest: int = _LONGEST_TEXT) -> str:
     """Return ``text`` fit for a log: secrets of a known shape masked, unsafe characters escaped, cut at ``longest``."""
-    return _scrub_short(text) if len(text) <= _SHORT else _scrub(text, longest)
+    if len(text) > _SHORT:
+        return _scrub(text, longest)
+    return text if text.isalnum() else _scrub_short(text)  # letters and digits alone are no secret's shape
 
 
 def _scrub(text: str, longest: int) -> str:
@@ -214,9 +253,9 @@ _BLANK = {
 """The attributes that foreign formatters expect of every record."""
 
 
-def _timestamp(created: float) -> str:
-    second = int(created)
-    return f"{_second(second)}.{int((created - second) * 1000):03d}Z"
+@lru_cache(maxsize=64)
+def _level_name(level: int) -> str:
+    return logging.getLevelName(level).lower()
 
 
 @lru_cache(maxsize=8)
