@@ -57,6 +57,9 @@ async def read_body(request: Request) -> bytes:
 
     Raises `BodyTooLarge`, `RequestTimedOut`, or `InvalidRequest` for a client that left in the middle.
     """
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise InvalidRequest(f"The request body is compressed (content-encoding: {encoding[:40]}). Send it as it is.")
     limit = request.gateway.settings.body_limit_bytes
     declared = request.headers.get("content-length")
     if declared is not None and declared.isdigit() and int(declared) > limit:

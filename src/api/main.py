@@ -156,7 +156,9 @@ class GatewayApp:
             self._cold = asyncio.ensure_future(asyncio.to_thread(_build_cold, self._table))
         cold = await asyncio.shield(self._cold)
         state = {**scope.get("state", {}), "gateway": gateway, "principal": principal, "request_id": rid}
-        await cold({**scope, "state": state}, receive, send)
+        # The server leaves the body of an answer to HEAD out; FastAPI's routes know GET alone.
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        await cold({**scope, "method": method, "state": state}, receive, send)
 
 
 def _build_cold(table: RouteTable) -> Any:

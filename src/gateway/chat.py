@@ -40,9 +40,9 @@ class RefusalPart(Struct, tag_field="type", tag="refusal", frozen=True):
 
 
 class ImageUrl(Struct, frozen=True):
-    """An http(s) or data URL."""
+    """An http(s) or data URL; an upstream is never handed the name of a file."""
 
-    url: str
+    url: Annotated[str, Meta(pattern=r"^(?i:https?://|data:)")]
     detail: Literal["auto", "low", "high", "original"] | None = None
 
 

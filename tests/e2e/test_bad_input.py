@@ -46,6 +46,9 @@ BODIES: dict[str, bytes] = {
     "unknown role": whole(messages=[{"role": "wizard", "content": "hi"}]),
     "role a number": whole(messages=[{"role": 7, "content": "hi"}]),
     "content a number": whole(messages=[{"role": "user", "content": 7}]),
+    "image from a file": whole(
+        messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]
+    ),
     "unknown part": whole(messages=[{"role": "user", "content": [{"type": "smell", "smell": "rose"}]}]),
     "stream a word": whole(stream="yes"),
     "temperature a word": whole(temperature="hot"),
@@ -253,3 +256,16 @@ def assert_nothing_leaks(gateway: Gateway, body: bytes) -> None:
     text = body.decode()
     for secret in (CHAT, "canary", "Traceback", "site-packages", ".py", str(gateway.home), "msgspec", "pydantic"):
         assert secret not in text, f"{secret!r} leaks: {text}"
+
+
+def test_a_compressed_body_is_refused_by_name(gateway: Gateway) -> None:
+    answer = gateway.request("POST", "/v1/chat/completions", body=whole(), headers={"content-encoding": "gzip"})
+    assert answer.status == 400
+    assert_error(answer.json())
+    assert "content-encoding: gzip" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/docs", "/openapi.json", "/agents"])
+def test_head_is_answered_wherever_get_is(gateway: Gateway, path: str) -> None:
+    answer = gateway.request("HEAD", path)
+    assert (answer.status, answer.body) == (200, b"")
