@@ -93,7 +93,11 @@ class RoutedCall:
         if not self._tries:
             health.budget.earn()
         self._tries += 1
-        self.probe = health.begin()
+        if health.state == "closed":
+            health.in_flight += 1
+            self.probe = False
+        else:
+            self.probe = health.begin()
 
     def answered(self, seconds: float) -> None:
         """Note the first byte: from here on nothing is tried again."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from gateway.errors import GatewayError
 from gateway.events import Routed
@@ -188,9 +187,8 @@ class RoutedUpstream:
                 yield piece
 
 
-@dataclass(frozen=True, slots=True)
-class RoutedBinding:
-    """A model name of the gateway, bound to whoever serves it; made for one run."""
+class RoutedBinding(NamedTuple):
+    """A model name of the gateway, bound to whoever serves it; made for one run, so it is made quickly."""
 
     upstream: RoutedUpstream
     model: str
