@@ -1,20 +1,29 @@
 """Metrics: what the gateway counts and times, as JSON for people and as Prometheus text for machines.
 
 Label values are bounded: route templates, configured names, canonical model ids; past a family's limit a new value of
-an open label becomes ``other``. Children are looked up once and kept, because finding one costs more than counting.
+an open label becomes ``other``.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST as CONTENT_TYPE_OPENMETRICS
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+
+from gateway.observability.families import (
+    LONGEST_LABEL,
+    OTHER,
+    CounterFamily,
+    Family,
+    GaugeFamily,
+    HistogramFamily,
+)
 
 _REQUEST_MS = (25, 50, 100, 200, 400, 800, 1_600, 3_200, 6_400, 12_800, 30_000, 60_000, 120_000, 300_000, 600_000)
 _TOOL_MS = (5, 25, 100, 400, 1_600, 6_400, 30_000, 120_000, 600_000)
@@ -24,12 +33,10 @@ _TOKENS = (16, 64, 256, 1_024, 4_096, 16_384, 65_536, 262_144, 1_048_576)
 _RELOAD_MS = (10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 30_000)
 
 _SAMPLES_PER_SLICE = 250
-_OTHER = "other"
-_LONGEST_LABEL = 128
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _STATUSES = ("ready", "stale", "error")
 
-M = TypeVar("M", Counter, Gauge, Histogram)
+F = TypeVar("F", bound=Family[Any])
 
 
 class Metrics:
@@ -111,7 +118,7 @@ class Metrics:
 
     def http_request(self, route: str, method: str, status: int, seconds: float) -> None:
         """Record one HTTP answer by its route template; a client that left before one has status 0, shown as 499."""
-        method = method if method in _METHODS else _OTHER
+        method = method if method in _METHODS else OTHER
         self._http.child(route, method, str(status or 499)).inc()
         self._http_ms.child(route).observe(seconds * 1000)
 
@@ -142,7 +149,7 @@ class Metrics:
         return b"".join(parts), CONTENT_TYPE_OPENMETRICS if openmetrics else CONTENT_TYPE_PLAIN_0_0_4
 
     def _define_ours(self) -> None:
-        self._families: list[Counter | Gauge | Histogram] = []
+        self._families: list[Family[Any]] = []
         self._requests = self._counter("requests", "Runs that ended.", "streaming")
         self._request_ms = self._histogram("request_latency_ms", "Duration of a run, ms.", _REQUEST_MS)
         self._runs = self._counter("runs", "Runs that ended, by model and outcome.", "model", "outcome")
@@ -193,43 +200,21 @@ class Metrics:
             prefix="",
         )
 
-    def _counter(self, name: str, doc: str, *labels: str) -> _Family[Counter]:
-        return self._keep(Counter(f"agent_gateway_{name}", doc, labels, registry=self.registry))
+    def _counter(self, name: str, doc: str, *labels: str) -> CounterFamily:
+        return self._keep(CounterFamily(f"agent_gateway_{name}", doc, labels))
 
-    def _gauge(self, name: str, doc: str, *labels: str) -> _Family[Gauge]:
-        return self._keep(Gauge(f"agent_gateway_{name}", doc, labels, registry=self.registry))
+    def _gauge(self, name: str, doc: str, *labels: str) -> GaugeFamily:
+        return self._keep(GaugeFamily(f"agent_gateway_{name}", doc, labels))
 
     def _histogram(
         self, name: str, doc: str, buckets: tuple[float, ...], *labels: str, prefix: str = "agent_gateway_"
-    ) -> _Family[Histogram]:
-        return self._keep(Histogram(f"{prefix}{name}", doc, labels, registry=self.registry, buckets=buckets))
+    ) -> HistogramFamily:
+        return self._keep(HistogramFamily(f"{prefix}{name}", doc, labels, buckets))
 
-    def _keep(self, metric: M) -> _Family[M]:
-        self._families.append(metric)
-        return _Family(metric)
-
-
-class _Family(Generic[M]):
-    """One metric and its children by label values; past ``limit`` children, new ones share the label ``other``."""
-
-    def __init__(self, metric: M, limit: int = 1_000) -> None:
-        self._metric: M = metric
-        self._limit = limit
-        self._children: dict[tuple[str, ...], M] = {}
-
-    def child(self, *labels: str) -> M:
-        found = self._children.get(labels)
-        return found if found is not None else self._add(labels)
-
-    def _add(self, labels: tuple[str, ...]) -> M:
-        if not labels:
-            self._children[labels] = self._metric
-            return self._metric
-        if len(self._children) >= self._limit:
-            return self._metric.labels(*(_OTHER for _ in labels))
-        child: M = self._metric.labels(*(label[:_LONGEST_LABEL] for label in labels))
-        self._children[labels] = child
-        return child
+    def _keep(self, family: F) -> F:
+        self.registry.register(family)
+        self._families.append(family)
+        return family
 
 
 class _Snapshot:
@@ -256,9 +241,9 @@ class _Snapshot:
         self.invocations += 1
         self.failures += failed
         self.tool_ms += milliseconds
-        key = (tool[:_LONGEST_LABEL], source[:_LONGEST_LABEL])
+        key = (tool[:LONGEST_LABEL], source[:LONGEST_LABEL])
         if key not in self.tools and len(self.tools) >= 1_000:
-            key = (_OTHER, _OTHER)
+            key = (OTHER, OTHER)
         totals = self.tools.setdefault(key, _ToolTotals(provider))
         totals.count += 1
         totals.failures += failed
