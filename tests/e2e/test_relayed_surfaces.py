@@ -252,6 +252,13 @@ def test_files(api: OpenAI, server: ScriptedUpstream) -> None:
     )
 
 
+def test_a_file_that_is_not_there(api: OpenAI, server: ScriptedUpstream) -> None:
+    server.enqueue(Answer(status=404, body={"error": {"message": "No such File object: file-9"}}))
+    with pytest.raises(openai.NotFoundError) as missing:
+        api.files.retrieve("file-9")
+    assert missing.value.code == "not_found"
+
+
 def test_batches(api: OpenAI, server: ScriptedUpstream) -> None:
     first = len(server.requests)
     record = {

@@ -17,7 +17,7 @@ from typing import Protocol
 from gateway.admission import agents_chat_only, authorize_model
 from gateway.chat import RelayRequest
 from gateway.config import Settings
-from gateway.errors import GatewayError, NotFound, PermissionDenied, UpstreamMalformed
+from gateway.errors import GatewayError, NotFound, PermissionDenied, UpstreamMalformed, UpstreamModelNotFound
 from gateway.events import RelayedChunk, RelayedHead, RelayEnded, RunEvent
 from gateway.principal import Principal
 from gateway.registry.entry import AgentEntry
@@ -118,6 +118,7 @@ class ByteRelayExecutor:
 
     async def execute(self, run: Run) -> AsyncIterator[RunEvent]:
         """See `gateway.run.Executor.execute`."""
+        assert isinstance(run.request, RelayRequest), "made by `byte_run`"
         heads: list[RelayedHead] = []
 
         def on_head(status: int, headers: Mapping[bytes, bytes]) -> None:
@@ -135,6 +136,8 @@ class ByteRelayExecutor:
             yield RelayEnded("stop", None)
         except GatewayError as error:
             error.is_relayed = True
+            if isinstance(error, UpstreamModelNotFound) and "{" in run.request.path:
+                raise NotFound(f"The upstream '{self._upstream.name}' has nothing of this id.") from error
             raise
 
     def _content_type(self, headers: Mapping[bytes, bytes]) -> bytes:
