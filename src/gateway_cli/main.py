@@ -89,6 +89,16 @@ def build_parser() -> argparse.ArgumentParser:
     key.add_argument("--admin", action="store_true", help="let the key administer the gateway")
     key.add_argument("--expires", metavar="DATE", help="last day, as YYYY-MM-DD")
 
+    explain = _command(
+        commands, "explain", "explaining", "Say what a model name means, and who serves it in which order."
+    )
+    explain.add_argument(
+        "model", nargs="?", metavar="MODEL", help="an agent, a virtual model, an alias or UPSTREAM/MODEL"
+    )
+    explain.add_argument("--settings", action="store_true", help="say where the value of every setting comes from")
+    explain.add_argument("--path", type=Path, help="folder of agents (default: ./src/agents, else ./agents)")
+    explain.add_argument("--json", action="store_true", help="print JSON")
+
     doctor = _command(commands, "doctor", "doctor", "Check this installation and its configuration.")
     doctor.add_argument("--path", type=Path, help="folder of agents (default: ./src/agents, else ./agents)")
 

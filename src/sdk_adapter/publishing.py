@@ -14,6 +14,7 @@ from gateway.registry.entry import AgentEntry, AgentOptions, Diagnostic
 from gateway.registry.loading import Declaration, DropIn, LoadedGeneration, LoadFailed
 from gateway.registry.policy import ModulePolicy
 from gateway.registry.registry import slugify
+from gateway.routing.routed import RoutedUpstream
 from gateway.routing.targets import Binding, ModelTable
 from gateway.upstreams.table import UnknownModel, UnknownUpstream
 from sdk_adapter.building import Built, build, check_policy
@@ -194,7 +195,7 @@ def _row(
 ) -> AgentEntry:
     namespace = item.id.partition("/")[0]
     has_own = item.agent.name in item.prepared.brings_own_model
-    binding = None if has_own else _bind(item, item.agent.model, table, services)
+    upstream, model = _shown(None if has_own else _bind(item, item.agent.model, table, services))
     row = AgentEntry(
         id=item.id,
         namespace=namespace,
@@ -204,8 +205,8 @@ def _row(
         source="file",
         created=_modified(dropin.file),
         executor=item.prepared.executor,
-        upstream=binding.upstream.name if binding is not None else None,
-        model=binding.model if binding is not None else None,
+        upstream=upstream,
+        model=model,
         description=item.options.description or item.agent.handoff_description,
         tools=item.prepared.tools,
         aliases=_aliases(item.agent.name, namespace, item.slug),
@@ -320,6 +321,17 @@ def _bind(item: Published, model: Any, table: ModelTable, services: AdapterServi
     if item.agent.model is model and item.options.model is not None:
         name = item.options.model
     return table.resolve(name, upstream=item.options.upstream, default_model=default)
+
+
+def _shown(binding: Binding | None) -> tuple[str | None, str | None]:
+    """Return upstream and model as people see them: a name with several upstreams behind it has none of its own."""
+    if binding is None:
+        return None, None
+    if isinstance(binding.upstream, RoutedUpstream):
+        route = binding.upstream.route
+        if route.name != route.candidates[0].id:
+            return None, route.name
+    return binding.upstream.name, binding.model
 
 
 def _serves_hosted(binding: Binding, kind: str) -> bool:
