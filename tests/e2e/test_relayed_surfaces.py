@@ -307,6 +307,33 @@ def test_the_access_list_holds_in_forms(
     assert len(server.requests) == before
 
 
+def test_a_second_model_behind_the_file_ends_the_upload(gate: Gateway, server: ScriptedUpstream) -> None:
+    before, boundary = len(server.requests), "0123456789abcdef0123456789abcdef"
+
+    def field(name: str, value: bytes, extra: str = "") -> bytes:
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"{extra}\r\n\r\n'
+        return head.encode() + value + b"\r\n"
+
+    form = field("model", b"up/whisper-1") + field("file", RIFF * 15, '; filename="a.wav"')
+    form += field("model", b"up/tts-1") + f"--{boundary}--\r\n".encode()
+    headers = {"content-type": f"multipart/form-data; boundary={boundary}"}
+    answer = gate.request("POST", "/v1/audio/transcriptions", body=form, key=NARROW, headers=headers)
+    assert answer.status == 400
+    assert "more than once" in answer.error["message"]
+    assert len(server.requests) == before, "the upstream has got a whole request"
+
+
+def test_an_event_stream_that_is_cut_says_so(gate: Gateway, server: ScriptedUpstream) -> None:
+    event = {"type": "speech.audio.delta", "audio": "AA=="}
+    server.enqueue(Answer(steps=lambda _: [STREAM_HEAD, *sse(event), "close"]))
+    body = {"model": "up/tts-1", "input": "x", "stream_format": "sse"}
+    with gate.stream("POST", "/v1/audio/speech", json_body=body) as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        events = list(stream.data())
+    assert json.loads(events[0]) == event
+    assert json.loads(events[-1])["error"]["code"] == "upstream_incomplete"
+
+
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/completions", "/v1/audio/speech", "/v1/moderations"])
 def test_an_agent_answers_on_chat_alone(gate: Gateway, path: str) -> None:
     answer = gate.post(path, {"model": "default/writer", "input": "x"})
