@@ -68,9 +68,11 @@ def metrics_table() -> Iterator[str]:
     """Every metric family of a process."""
     yield "| metric | kind | labels | meaning |"
     yield "|---|---|---|---|"
-    for family in Metrics().registry.collect():
-        name = f"{family.name}_total" if family.type == "counter" else family.name
-        yield f"| `{name}` | {family.type} | {_labels(family.name)} | {family.documentation} |"
+    for family in Metrics().families:
+        (metric,) = family.collect()
+        name = f"{metric.name}_total" if metric.type == "counter" else metric.name
+        labels = ", ".join(f"`{label}`" for label in family.labels) or "–"
+        yield f"| `{name}` | {metric.type} | {labels} | {metric.documentation} |"
 
 
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
@@ -110,12 +112,6 @@ def _default(value: object) -> str:
     if isinstance(value, tuple):
         return f"`{','.join(map(str, value))}`"
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
-
-
-def _labels(name: str) -> str:
-    """Label names of a family without a sample stand only in the collector itself."""
-    collector = Metrics().registry._names_to_collectors[name]
-    return ", ".join(f"`{label}`" for label in getattr(collector, "_labelnames", ())) or "–"
 
 
 if __name__ == "__main__":

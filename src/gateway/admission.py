@@ -6,9 +6,8 @@ import difflib
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-from msgspec import Raw
+from msgspec import Raw, Struct
 
 from gateway.chat import CHAT_PATH, ChatRequest, RelayRequest, decode_chat, decode_model, decode_relay
 from gateway.config import Settings
@@ -29,8 +28,7 @@ from gateway.security.acl import allows
 from gateway.snapshot import Snapshot
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(Struct, frozen=True):
     """One request at the door: who, what, and the headers an agent may see.
 
     ``body`` is the JSON text that ``fields`` was cut from, ``path`` the surface, without ``/v1``.

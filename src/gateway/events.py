@@ -7,14 +7,14 @@ An executor yields zero or more deltas and calls, then exactly one `RunFinished`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
+
+from msgspec import Struct
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(Struct, frozen=True):
     """Tokens of a run, summed over all its model calls; ``estimated`` when an upstream gave no numbers."""
 
     input_tokens: int = 0
@@ -40,29 +40,25 @@ class Usage:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
+class TextDelta(Struct, frozen=True):
     """A piece of the answer's text."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class ReasoningDelta:
+class ReasoningDelta(Struct, frozen=True):
     """A piece of the model's visible reasoning."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class RefusalDelta:
+class RefusalDelta(Struct, frozen=True):
     """A piece of a refusal."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class ToolCallRequested:
+class ToolCallRequested(Struct, frozen=True):
     """A call of a tool that the *client* sent: the client runs it and comes back with the result."""
 
     index: int
@@ -71,8 +67,7 @@ class ToolCallRequested:
     arguments: str
 
 
-@dataclass(frozen=True, slots=True)
-class ToolStarted:
+class ToolStarted(Struct, frozen=True):
     """A tool of the gateway or the agent began; never shown as a tool call to a strict client."""
 
     call_id: str
@@ -80,8 +75,7 @@ class ToolStarted:
     agent: str
 
 
-@dataclass(frozen=True, slots=True)
-class ToolFinished:
+class ToolFinished(Struct, frozen=True):
     """A tool of the gateway or the agent ended."""
 
     call_id: str
@@ -89,15 +83,13 @@ class ToolFinished:
     agent: str
 
 
-@dataclass(frozen=True, slots=True)
-class AgentSwitched:
+class AgentSwitched(Struct, frozen=True):
     """A handoff: another agent of the same drop-in goes on."""
 
     agent: str
 
 
-@dataclass(frozen=True, slots=True)
-class Routed:
+class Routed(Struct, frozen=True):
     """A model call is being served by this upstream; comes before the answer's first event.
 
     Of an agent's several calls it is the latest. ``attempts`` counts the requests that went out for it, to whomever.
@@ -107,16 +99,14 @@ class Routed:
     attempts: int
 
 
-@dataclass(frozen=True, slots=True)
-class RunFinished:
+class RunFinished(Struct, frozen=True):
     """The answer is complete. ``usage`` is None only where no model was called."""
 
     finish_reason: FinishReason
     usage: Usage | None
 
 
-@dataclass(frozen=True, slots=True)
-class RelayedHead:
+class RelayedHead(Struct, frozen=True):
     """A raw upstream model has begun to answer; comes before anything else of a relayed run.
 
     ``headers`` are for the client (``x-upstream-…``). ``status`` and ``content_type`` count where the answer is bytes.
@@ -127,23 +117,20 @@ class RelayedHead:
     content_type: bytes | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RelayedChunk:
+class RelayedChunk(Struct, frozen=True):
     """One judged stream event of a raw upstream model (the JSON after ``data: ``), or a piece of an answer in bytes."""
 
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class RelayEnded:
+class RelayEnded(Struct, frozen=True):
     """A relayed stream came to its proper end."""
 
     finish_reason: str
     usage: Usage | None
 
 
-@dataclass(frozen=True, slots=True)
-class RelayedBody:
+class RelayedBody(Struct, frozen=True):
     """The whole JSON answer of a raw upstream model, ready to send."""
 
     data: bytes

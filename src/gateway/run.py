@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
 from typing import Protocol
+
+from msgspec import Struct, field
 
 from gateway.chat import ChatRequest, RelayRequest
 from gateway.events import RunEvent
 from gateway.principal import Principal
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(Struct, frozen=True):
     """What an executor is given: judged, frozen, complete.
 
     ``id`` is a UUID; every surface derives its own spelling from its hex digits (``chatcmpl-…``, ``run_…``).

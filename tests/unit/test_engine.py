@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from gateway.chat import decode_body, decode_chat
 from gateway.errors import GatewayError, RunTimedOut, ShuttingDown, UpstreamError

@@ -10,9 +10,10 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from api.errors import error_response
-from gateway.chat import CHAT_PATH, decode_body, decode_model, decode_relay
+from gateway.chat import CHAT_PATH, decode_body, decode_chat, decode_model, decode_relay
 from gateway.errors import GatewayError, UpstreamError, UpstreamIncomplete
 from gateway.events import RelayedBody, RelayedChunk, RelayedHead, RelayEnded, RunEvent, Usage
 from gateway.principal import Principal
@@ -255,8 +256,8 @@ def test_leaving_closes_the_upstream(scripted: ScriptedUpstream) -> None:
 def test_only_relayed_requests_are_served(scripted: ScriptedUpstream) -> None:
     async def main() -> None:
         async with connected(scripted.base_url) as upstream:
-            run = run_of(b'{"model":"up/m","messages":[]}')
-            object.__setattr__(run, "request", None)
+            body = b'{"model":"up/m","messages":[{"role":"user","content":"hi"}]}'
+            run = replace(run_of(body), request=decode_chat(body, decode_body(body)))
             with pytest.raises(GatewayError):
                 await anext(RelayExecutor(ModelBinding(upstream, "m")).execute(run))
 

@@ -47,6 +47,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.families: list[Family[Any]] = []
         self._snapshot = _Snapshot()
         self._define_ours()
         self._define_genai()
@@ -138,7 +139,7 @@ class Metrics:
         """
         write: Callable[[Any], bytes] = generate_openmetrics if openmetrics else generate_latest
         parts: list[bytes] = []
-        for family in self._families:
+        for family in self.families:
             for metric in family.collect():
                 for index, piece in enumerate(_slices(metric)):
                     text = write(piece)
@@ -149,7 +150,6 @@ class Metrics:
         return b"".join(parts), CONTENT_TYPE_OPENMETRICS if openmetrics else CONTENT_TYPE_PLAIN_0_0_4
 
     def _define_ours(self) -> None:
-        self._families: list[Family[Any]] = []
         self._requests = self._counter("requests", "Runs that ended.", "streaming")
         self._request_ms = self._histogram("request_latency_ms", "Duration of a run, ms.", _REQUEST_MS)
         self._runs = self._counter("runs", "Runs that ended, by model and outcome.", "model", "outcome")
@@ -213,7 +213,7 @@ class Metrics:
 
     def _keep(self, family: F) -> F:
         self.registry.register(family)
-        self._families.append(family)
+        self.families.append(family)
         return family
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from urllib.parse import urlsplit
 
+from msgspec import Struct
+
 from gateway.config import Settings
 from gateway.errors import ConfigError, Unauthenticated
 from gateway.observability.logs import log_event
@@ -28,8 +30,7 @@ _HOW = "'gateway keys new NAME' makes one and prints the lines for security.yaml
 _log = logging.getLogger("gateway.security")
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(Struct, frozen=True):
     """What a request shows of who sent it.
 
     ``peer`` is the address of the connection, ``forwarded`` whether any forwarding header is present. ``origin`` and
