@@ -155,6 +155,8 @@ PROVED: dict[str, tuple[str, ...]] = {
     "G-52": (
         "unit/test_upstreams_config.py::test_presets_fill_the_address",
         "unit/test_upstreams_config.py::test_mistake_in_the_file_is_named",
+        "e2e/test_routing.py::test_a_plain_name_is_served_in_order_of_priority_for_clients_and_agents",
+        "e2e/test_routing.py::test_a_breaker_leaves_a_dead_upstream_alone_and_lets_it_come_back",
     ),
     "G-59": (
         "unit/test_instrument.py::test_everything_reachable_is_found_once_cycles_included",
