@@ -113,7 +113,7 @@ class RouteTable:
                     break
             else:
                 methods = {}
-                self._patterns.append((re.compile(source), source, methods))
+                self._patterns.append((re.compile(source, re.DOTALL), source, methods))
         if route.method in methods:
             raise ValueError(f"two routes for {route.method} {path}")
         methods[route.method] = route

@@ -28,6 +28,7 @@ TABLE = RouteTable(
         ("HEAD", "/models", "a", {}),
         ("GET", "/v1/models/ns/x", "b", {"model": "ns/x"}),
         ("GET", "/models/x", "b", {"model": "x"}),
+        ("GET", "/v1/models/a\nb", "b", {"model": "a\nb"}),
         ("POST", "/v1/models/x", "c", {"model": "x"}),
     ],
 )
