@@ -118,13 +118,13 @@ def _first_answers(server: lab.Gateway) -> dict[str, Callable[[], bool]]:
 
 
 def listing(quick: bool) -> Figures:
-    """GET /v1/models with 500 agents, 50 broken, one hanging at import."""
+    """GET /v1/models with 500 agents, 50 broken, one hanging at import; all cores."""
     good, broken = (50, 5) if quick else (500, 50)
     files = lab.weather_agents(good)
     files |= {f"Broken{i}/agent.py": "agent = undefined_name\n" for i in range(broken)}
     files["Hanging/agent.py"] = "while True:\n    pass\n"
     started = time.perf_counter()
-    with lab.mock() as upstream, lab.gateway(upstream, files, ready="/health", timeout_s=120) as server:
+    with lab.mock() as upstream, lab.gateway(upstream, files, pinned=False, ready="/health", timeout_s=120) as server:
         while_loading = lab.load(server.port, "/v1/models", connections=1, requests=200)
         lab.wait_for(
             lambda: len(server.model_ids()) >= good, timeout_s=300, every_s=0.1, what="every good agent is listed"
