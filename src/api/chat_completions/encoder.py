@@ -82,6 +82,8 @@ class ChunkEncoder:
     def encode(self, event: RunEvent) -> bytes:
         """Return the bytes to send for ``event``; empty when it has no form on this surface."""
         match event:
+            case RelayedChunk(data):  # these two are most events by far
+                return b"data: " + data + b"\n\n"
             case TextDelta(text):
                 return self._delta(b'{"content":' + _encode(text) + b"}")
             case ReasoningDelta(text):
@@ -92,8 +94,6 @@ class ChunkEncoder:
                 return self._delta(_encode({"tool_calls": [{"index": event.index} | _tool_call(event)]}))
             case RunFinished(finish_reason, usage):
                 return self._finish(finish_reason, usage)
-            case RelayedChunk(data):
-                return b"data: " + data + b"\n\n"
             case RelayEnded():
                 return DONE
             case ToolStarted() | ToolFinished() | AgentSwitched() | RelayedHead() | Routed():

@@ -72,10 +72,11 @@ async def _stream(request: Request, run: Run, executor: Executor, connection: Co
     stream = EventStream(request.send, connection, request.gateway.settings.ping_s)
 
     async def emit(event: RunEvent) -> None:
-        if isinstance(event, RelayedHead):
-            stream.headers += event.headers
-        elif isinstance(event, Routed):
-            stream.headers += routed_headers(event.upstream, event.attempts)
+        if not stream.started:
+            if isinstance(event, RelayedHead):
+                stream.headers += event.headers
+            elif isinstance(event, Routed):
+                stream.headers += routed_headers(event.upstream, event.attempts)
         data = encoder.encode(event)
         if data:
             await stream.write(data)

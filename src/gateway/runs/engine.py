@@ -10,7 +10,7 @@ from contextlib import aclosing
 from typing import cast
 
 from gateway.errors import GatewayError, RunTimedOut, ShuttingDown
-from gateway.events import RelayedBody, RelayEnded, Routed, RunEvent, RunFinished, Usage
+from gateway.events import RelayedBody, RelayedChunk, RelayEnded, Routed, RunEvent, RunFinished, TextDelta, Usage
 from gateway.observability.logs import log_event
 from gateway.observability.metrics import Metrics
 from gateway.observability.recent import ErrorRecord, RecentErrors
@@ -19,6 +19,8 @@ from gateway.run import Executor, Run
 Sink = Callable[[RunEvent], Awaitable[None]]
 
 _log = logging.getLogger("gateway.runs")
+_DELTAS = (RelayedChunk, TextDelta)  # most events by far
+_LAST = (RunFinished, RelayEnded, RelayedBody)
 
 
 class RunEngine:
@@ -65,7 +67,7 @@ class RunEngine:
                         if first and not isinstance(event, Routed):
                             first = False
                             self._metrics.first_token(run.model, time.perf_counter() - started)
-                        if isinstance(event, RunFinished | RelayEnded | RelayedBody):
+                        if not isinstance(event, _DELTAS) and isinstance(event, _LAST):
                             usage, finish_reason = event.usage, event.finish_reason
                         await sink(event)
             outcome = "success"

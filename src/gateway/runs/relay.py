@@ -50,45 +50,46 @@ class RelayExecutor:
         extra = binding.upstream.config.passthrough_keys if passthrough_keys is None else passthrough_keys
         self._keys = CHUNK_KEYS.union(extra) - {"error"}
 
-    async def execute(self, run: Run) -> AsyncIterator[RunEvent]:
+    def execute(self, run: Run) -> AsyncIterator[RunEvent]:
         """Yield `RelayedHead`, then chunks and `RelayEnded`, or one `RelayedBody`."""
         request = run.request
         if not isinstance(request, RelayRequest):
             raise GatewayError("A raw upstream model serves relayed requests only.")
+        return self._stream(run, request) if run.streamed else self._whole(run, request)
+
+    async def _whole(self, run: Run, request: RelayRequest) -> AsyncGenerator[RunEvent, None]:
+        upstream, heads = self._binding.upstream, list[RelayedHead]()
+        body = self._body(request, streamed=False)
         try:
-            if run.streamed:
-                async with aclosing(self._stream(run, request)) as events:
-                    async for event in events:
-                        yield event
-            else:
-                for event in await self._whole(run, request):
-                    yield event
+            data = await upstream.post(request.path, body, request_id=run.request_id, on_head=_keep_in(heads))
+            answer = _relayed_body(data, run.model, upstream.name)
         except GatewayError as error:
             error.is_relayed = True
             raise
-
-    async def _whole(self, run: Run, request: RelayRequest) -> list[RunEvent]:
-        upstream, heads = self._binding.upstream, list[RelayedHead]()
-        body = self._body(request, streamed=False)
-        data = await upstream.post(request.path, body, request_id=run.request_id, on_head=_keep_in(heads))
-        head = heads[-1] if heads else RelayedHead()
-        return [*_decision(upstream), head, _relayed_body(data, run.model, upstream.name)]
+        for event in _decision(upstream):
+            yield event
+        yield heads[-1] if heads else RelayedHead()
+        yield answer
 
     async def _stream(self, run: Run, request: RelayRequest) -> AsyncGenerator[RunEvent, None]:
         upstream, heads = self._binding.upstream, list[RelayedHead]()
         cutter = _ChunkCutter(run.model, upstream.name, self._keys, request.include_usage)
         body = self._body(request, streamed=True)
-        chunks = upstream.stream(request.path, body, request_id=run.request_id, on_head=_keep_in(heads))
-        async with aclosing(chunks):
-            async for data in chunks:
-                chunk = cutter.cut(data)
-                if chunk is not None:
-                    if heads:
-                        for event in _decision(upstream):
-                            yield event
-                        yield heads[-1]
-                        heads.clear()
-                    yield RelayedChunk(chunk)
+        try:
+            chunks = upstream.stream(request.path, body, request_id=run.request_id, on_head=_keep_in(heads))
+            async with aclosing(chunks):
+                async for data in chunks:
+                    chunk = cutter.cut(data)
+                    if chunk is not None:
+                        if heads:
+                            for event in _decision(upstream):
+                                yield event
+                            yield heads[-1]
+                            heads.clear()
+                        yield RelayedChunk(chunk)
+        except GatewayError as error:
+            error.is_relayed = True
+            raise
         last = cutter.usage_chunk()
         if last is not None:
             yield RelayedChunk(last)

@@ -328,7 +328,7 @@ class HttpUpstream(Upstream):
             idle_s, size = exchange.timeouts.idle_s, 0
             while True:
                 exchange.expect(
-                    idle_s, f"sent nothing for {idle_s:g} s in the middle of its answer. Raise timeouts.idle_s of it."
+                    idle_s, "sent nothing for {:g} s in the middle of its answer. Raise timeouts.idle_s of it."
                 )
                 piece = await exchange.read()
                 if not piece:
@@ -384,7 +384,7 @@ class HttpUpstream(Upstream):
                 if len(body) > limit:
                     raise self._too_large("body", limit)
                 exchange.expect(
-                    idle_s, f"sent nothing for {idle_s:g} s in the middle of its answer. Raise timeouts.idle_s of it."
+                    idle_s, "sent nothing for {:g} s in the middle of its answer. Raise timeouts.idle_s of it."
                 )
         except GatewayError:
             if good:
@@ -457,7 +457,7 @@ class _HttpEvents:
         exchange = self._exchange
         if self._any:
             idle_s = exchange.timeouts.idle_s
-            exchange.expect(idle_s, f"sent no event for {idle_s:g} s. Raise timeouts.idle_s of it if it needs longer.")
+            exchange.expect(idle_s, "sent no event for {:g} s. Raise timeouts.idle_s of it if it needs longer.")
         while True:
             piece = await exchange.read()
             if not piece:

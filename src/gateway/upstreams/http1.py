@@ -44,6 +44,7 @@ class Exchange:
         "_error",
         "_loop",
         "_phase",
+        "_seconds",
         "_size",
         "_timer",
         "_total_at",
@@ -84,11 +85,16 @@ class Exchange:
         self._total_at = total_at
         self._wait_until = total_at
         self._phase = ""
+        self._seconds = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
     def expect(self, seconds: float, phase: str) -> None:
-        """Start a deadline: what is waited for (``phase`` ends the sentence of the error) must come in ``seconds``."""
-        self._phase = phase
+        """Start a deadline: what is waited for must come in ``seconds``.
+
+        ``phase`` ends the sentence of the error, with ``{:g}`` where the seconds stand: a deadline is set for every
+        event, and its sentence is hardly ever wanted.
+        """
+        self._phase, self._seconds = phase, seconds
         self._wait_until = until = self._loop.time() + seconds
         due = min(until, self._total_at)
         if self._timer is None or self._timer.when() > due:
@@ -213,7 +219,7 @@ class Exchange:
                 "raise timeouts.total_s of this upstream."
             )
         elif now >= self._wait_until:
-            error = UpstreamTimeout(f"The upstream '{name}' {self._phase}")
+            error = UpstreamTimeout(f"The upstream '{name}' {self._phase.format(self._seconds)}")
         else:
             self._timer = self._loop.call_at(min(self._wait_until, self._total_at), self._on_timer)
             return

@@ -20,6 +20,10 @@ from gateway.upstreams.http1 import Connection, ConnectionClosedEarly, Exchange
 MAX_IDLE_CONNECTIONS = 128
 KEEP_ALIVE_S = 30.0
 
+_ON_DEMAND = " within {:g} s. If it loads models on demand, raise timeouts.first_byte_s of this upstream."
+_NO_EVENT = "sent no first event" + _ON_DEMAND
+_NO_ANSWER = "sent no answer" + _ON_DEMAND
+
 
 @dataclass(frozen=True, slots=True)
 class Origin:
@@ -104,9 +108,7 @@ class Transport:
             if sending.done():
                 sending.result()
                 seconds = timeouts.first_byte_s
-                exchange.expect(
-                    seconds, f"sent no answer within {seconds:g} s. Raise timeouts.first_byte_s of this upstream."
-                )
+                exchange.expect(seconds, "sent no answer within {:g} s. Raise timeouts.first_byte_s of this upstream.")
             await answering
             if not sending.done():
                 # It has said what it thinks of the request; what was not sent yet spoils the connection.
@@ -159,13 +161,7 @@ class Transport:
         exchange = Exchange(connection, timeouts, self._limits, total_at)
         self._active.add(exchange)
         try:
-            seconds = timeouts.first_byte_s
-            what = "first event" if streamed else "answer"
-            exchange.expect(
-                seconds,
-                f"sent no {what} within {seconds:g} s. If it loads models on demand, raise timeouts.first_byte_s of "
-                "this upstream.",
-            )
+            exchange.expect(timeouts.first_byte_s, _NO_EVENT if streamed else _NO_ANSWER)
             connection.begin(exchange, head, body)
             await exchange.head()
         except BaseException:
