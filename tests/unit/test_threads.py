@@ -9,10 +9,13 @@ import sys
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 
 from api.threads import DaemonThreadPool
+
+SOURCES = Path(__file__).parents[2] / "src"
 
 
 def test_results_exceptions_and_reuse_of_threads() -> None:
@@ -68,7 +71,7 @@ def test_closing_does_not_wait_for_ever_and_neither_does_the_interpreter() -> No
         "asyncio.run(main())\n"
     )
     started = time.monotonic()
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30, cwd=SOURCES)
     assert time.monotonic() - started < 20
 
 
