@@ -21,10 +21,18 @@ def public(error: BaseException) -> GatewayError:
 
 
 def error_object(error: GatewayError) -> dict[str, Any]:
-    """Return ``{"error": {message, type, param, code}}``; what an upstream said to a relayed call stays as it was."""
+    """Return ``{"error": {message, type, param, code}}``.
+
+    What an upstream said to a relayed call stays as it was, so far as the official schema allows: its four fields are
+    text or absent, and what the upstream left out is ours.
+    """
     shown: dict[str, Any] = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
     if error.is_relayed and error.upstream_error is not None:
-        return {"error": {**shown, **error.upstream_error}}
+        for name, value in error.upstream_error.items():
+            if name not in shown:
+                shown[name] = value
+            elif value is not None:
+                shown[name] = value if isinstance(value, str) else msgspec.json.encode(value).decode()
     return {"error": shown}
 
 
