@@ -274,13 +274,13 @@ def test_batches(api: OpenAI, server: ScriptedUpstream) -> None:
 def test_a_call_without_a_model_needs_the_whole_upstream(gate: Gateway, server: ScriptedUpstream) -> None:
     before = len(server.requests)
     assert gate.get("/v1/files", key=NARROW).json()["error"]["code"] == "permission_denied"
-    assert gate.get("/v1/files", key=CHAT, headers={"x-upstream": "other"}).status == 403
-    assert gate.get("/v1/files", key=ADMIN, headers={"x-upstream": "nobody"}).status == 404
+    assert gate.get("/v1/files", key=CHAT, headers={"x-gateway-upstream": "other"}).status == 403
+    assert gate.get("/v1/files", key=ADMIN, headers={"x-gateway-upstream": "nobody"}).status == 404
     answer = gate.post("/v1/moderations", {"input": "x"}, key=NARROW)
     assert answer.status == 403
     assert len(server.requests) == before
     server.enqueue(Answer(body={"object": "list", "data": []}))
-    assert gate.get("/v1/files", key=ADMIN, headers={"x-upstream": "other"}).status == 200
+    assert gate.get("/v1/files", key=ADMIN, headers={"x-gateway-upstream": "other"}).status == 200
 
 
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/completions", "/v1/audio/speech", "/v1/images/generations"])

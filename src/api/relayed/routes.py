@@ -87,7 +87,6 @@ async def _prepare(request: Request, upload: Upload, path: str, model: NamesMode
             request.caller,
             request.gateway.holder.current,
             upstream=request.headers.get("x-gateway-upstream"),
-            default_upstream=request.headers.get("x-upstream"),
         )
 
     if method != "POST":

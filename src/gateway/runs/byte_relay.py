@@ -53,12 +53,10 @@ def choose_destination(
     snapshot: Snapshot,
     *,
     upstream: str | None = None,
-    default_upstream: str | None = None,
 ) -> Destination:
     """Return where a call goes: to the model it names, else to an upstream as a whole.
 
-    ``upstream`` is the caller's own choice, which holds for models, too; ``default_upstream`` is for calls without a
-    model; else the configured default serves those.
+    ``upstream`` is the caller's own choice; calls without a model and without one go to the configured default.
 
     Raises as `authorize_model` does; `UnsupportedValue` for an agent; `PermissionDenied` or `NotFound` for an upstream
     of which the key does not reach every model.
@@ -69,7 +67,7 @@ def choose_destination(
             raise agents_chat_only(target)
         binding: _Binding = target
         return Destination(binding.upstream, model, binding.model)
-    table, upstream = snapshot.upstreams, upstream or default_upstream
+    table = snapshot.upstreams
     found = table.upstreams.get(upstream) if upstream is not None else table.default
     hidden = snapshot.keyring.hide_foreign_models
     if found is not None and (principal.is_drop_in or allows_all(principal, f"{found.name}/")):
@@ -77,8 +75,8 @@ def choose_destination(
     if found is None or hidden:
         name = f"'{(upstream or '')[:64]}' " if upstream is not None else ""
         raise NotFound(
-            f"There is no upstream {name}that your key reaches. Name one in the header x-upstream, or a model in the "
-            "request."
+            f"There is no upstream {name}that your key reaches. Name one in the header x-gateway-upstream, or a model in "
+            "the request."
         )
     raise PermissionDenied(
         f"A request without a model reaches all of the upstream '{found.name}', and the key '{principal.key_id}' does "
