@@ -75,8 +75,8 @@ def choose_destination(
     if found is None or hidden:
         name = f"'{(upstream or '')[:64]}' " if upstream is not None else ""
         raise NotFound(
-            f"There is no upstream {name}that your key reaches. Name one in the header x-gateway-upstream, or a model in "
-            "the request."
+            f"There is no upstream {name}that your key reaches. Name one in the header x-gateway-upstream, or a model "
+            "in the request."
         )
     raise PermissionDenied(
         f"A request without a model reaches all of the upstream '{found.name}', and the key '{principal.key_id}' does "
