@@ -170,7 +170,7 @@ def _line(
         "logger": logger,
         "event": event,
         "request_id": _REQUEST_ID.get(),
-        "message": clean_text(message),
+        "message": event if message is event else clean_text(message),
     }
     for name, value in fields.items():
         if value is None:
@@ -178,10 +178,11 @@ def _line(
         if name in line:
             name = f"field_{name}"
         kind = type(value)
-        if kind is int or kind is float:
+        if kind is int or kind is float or kind is bool:
             line[name] = value
         elif kind is str and not _is_secret(name):
-            line[name] = clean_text(value)
+            # Letters and digits alone are no secret's shape.
+            line[name] = value if value.isalnum() and len(value) <= _SHORT else clean_text(value)
         else:
             line[name] = _clean(name, value, 0)
     if error is not None:
@@ -193,7 +194,7 @@ def clean_text(text: str, longest: int = _LONGEST_TEXT) -> str:
     """Return ``text`` fit for a log: secrets of a known shape masked, unsafe characters escaped, cut at ``longest``."""
     if len(text) > _SHORT:
         return _scrub(text, longest)
-    return text if text.isalnum() else _scrub_short(text)  # letters and digits alone are no secret's shape
+    return _scrub_short(text)
 
 
 def _scrub(text: str, longest: int) -> str:
