@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-from pathlib import Path
 
 from gateway import __version__
 from gateway.config import Settings
 from gateway.registry.entry import AgentEntry
 from gateway.security.keys import DEV_KEY, digest
 from gateway.snapshot import Snapshot
+from gateway_cli.settings import path_option, relative
 
 QUESTION = "What is the weather in Paris, and how do people greet there?"
 """Fits the shipped sample as well as what `gateway new` writes, so that the demo model calls the tool of either."""
@@ -20,7 +20,7 @@ def render_banner(settings: Settings, url: str, snapshot: Snapshot) -> str:
     """Return the text for a gateway that answers at ``url``. A key of the operator's own is never printed."""
     has_dev_key = digest(DEV_KEY) in snapshot.keyring.credentials
     key = DEV_KEY if has_dev_key else "YOUR_KEY"
-    folder = _relative(settings.agents_root())
+    folder = relative(settings.agents_root())
     entries = snapshot.registry.list_entries()
     agents = [entry for entry in entries if entry.executor is not None and entry.options.expose]
     broken = [entry for entry in entries if entry.status != "ready"]
@@ -31,7 +31,8 @@ def render_banner(settings: Settings, url: str, snapshot: Snapshot) -> str:
         width = max(len(name) for name, _ in models)
         lines += ["Models", *(f"  {name:{width}}  {text}".rstrip() for name, text in models), ""]
     if not agents:
-        lines += [f"No agents in {folder} yet; `gateway new Hello` makes one, and it is served at once.", ""]
+        command = f"gateway new Hello{path_option(settings)}"
+        lines += [f"No agents in {folder} yet; `{command}` makes one, and it is served at once.", ""]
     if broken:
         lines += ["Broken", *(f"  {entry.id}: {_reason(entry)}" for entry in broken), ""]
     if snapshot.upstreams.default.config.provider == "demo":
@@ -81,8 +82,3 @@ def python(url: str, key: str, model: str) -> str:
         ")\n"
         "print(answer.choices[0].message.content)"
     )
-
-
-def _relative(path: Path) -> Path:
-    resolved = path.resolve()
-    return resolved.relative_to(Path.cwd()) if resolved.is_relative_to(Path.cwd()) else resolved

@@ -9,7 +9,7 @@ from pathlib import Path
 from gateway.config import Settings
 from gateway.registry.registry import slugify
 from gateway_cli.errors import CliError
-from gateway_cli.settings import read_settings
+from gateway_cli.settings import path_option, read_settings
 from gateway_cli.state import find_running
 
 _TEMPLATE = '''"""{title}: what this agent is for."""
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise CliError(f"{folder} cannot be written: {error.strerror or error}.") from error
     print(f"Made {folder / 'agent.py'}: the model {model}.")
     if find_running(settings):
-        print("The running gateway serves it now; `gateway list` shows it.")
+        print(f"The running gateway serves it now; `gateway list{path_option(settings)}` shows it.")
     elif arguments.path:
         print(f"Next: gateway dev {arguments.path}")
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -281,7 +282,17 @@ def test_the_banner_names_what_is_broken_and_leaves_out_what_is_hidden(home: Pat
 
 
 def test_the_banner_without_agents_says_how_to_make_one(home: Path) -> None:
-    assert "gateway new Hello" in banner(Settings(agent_path=home / "agents"))
+    assert "`gateway new Hello`" in banner(Settings())
+
+
+def test_what_the_banner_says_to_make_is_served_by_the_gateway_that_says_it(home: Path) -> None:
+    """Another folder than the usual one: without --path the agent would stand where nobody looks."""
+    mine = home / "my agents"
+    mine.mkdir()
+    text = banner(Settings(agent_path=mine))
+    command = next(line for line in text.splitlines() if "gateway new Hello" in line).split("`")[1]
+    assert main(shlex.split(command)[1:]) == 0
+    assert (mine / "Hello" / "agent.py").is_file()
 
 
 def test_the_banner_never_prints_a_key_of_the_operator(home: Path) -> None:
