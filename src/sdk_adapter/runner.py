@@ -18,6 +18,7 @@ from agents.run import get_default_agent_runner, set_default_agent_runner
 
 from sdk_adapter.cloning import RunClones
 from sdk_adapter.failures import mark_inner
+from sdk_adapter.identities import quick_identities
 from sdk_adapter.instrument import is_default_provider
 from sdk_adapter.models import PLACEHOLDER_MODEL, GatewayProvider
 from sdk_adapter.scope import Level, current_level, enter_level
@@ -96,7 +97,7 @@ def install(services: AdapterServices) -> Iterator[None]:
     os.environ["OPENAI_DEFAULT_MODEL"] = PLACEHOLDER_MODEL
     set_default_agent_runner(GatewayRunner(services.upstreams))
     try:
-        with tracing_at_home():
+        with tracing_at_home(), quick_identities():
             yield
     finally:
         set_default_agent_runner(runner)
