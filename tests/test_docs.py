@@ -41,6 +41,7 @@ VARIABLE = re.compile(r"\b(?:GATEWAY|OPENAI)_[A-Z0-9_]+\b")
 CODE = re.compile(r"`([^`\n]+)`")
 EVENT = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^\s*\$?\s*(?:PYTHONPATH=src (?:\.venv/bin/)?python -m gateway_cli|gateway) ([a-z].*)")
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -271,7 +272,7 @@ def test_every_command_line_named_is_one_the_command_accepts() -> None:
     refused = []
     for path in PAGES:
         for line in code_of(path).splitlines():
-            found = re.match(r"^\s*\$?\s*(?:PYTHONPATH=src python -m gateway_cli|gateway) ([a-z].*)", line)
+            found = COMMAND.match(line)
             if found is None:
                 continue
             words = shlex.split(found.group(1).partition(" #")[0])
