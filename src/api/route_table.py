@@ -103,7 +103,7 @@ TABLE = RouteTable(
             "/agents/errors",
             "agents.errors",
             "admin",
-            "The last 200 diagnostics, newest first.",
+            "The last 200 diagnostics and failed runs, newest first.",
             aliases=("/admin/agents/errors",),
         ),
         Route(
