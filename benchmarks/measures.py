@@ -1,4 +1,4 @@
-"""The six measures; each returns figures and the lines of the summary."""
+"""The measures; each returns figures and the lines of the summary."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lab
+from pass_through import pass_through
 
 Figures = dict[str, Any]
 
@@ -241,6 +242,7 @@ def _display_name(server: lab.Gateway, name: str) -> str:
 
 MEASURES: dict[str, Callable[[bool], Figures]] = {
     "agent_call": agent_call,
+    "pass_through": pass_through,
     "startup": startup,
     "listing": listing,
     "reloads": reloads,
