@@ -93,7 +93,7 @@ class Settings:
         "GATEWAY_DEFAULT_NAMESPACE", "default", "Namespace of agents that stand directly in the drop-in folder."
     )
     default_upstream: str | None = setting(
-        "GATEWAY_DEFAULT_UPSTREAM", None, "Upstream of agents that name none; default: the first in `upstreams.yaml`."
+        "GATEWAY_DEFAULT_UPSTREAM", None, "Upstream of agents that name none; default: the first by `priority`."
     )
     default_model: str | None = setting(
         "GATEWAY_DEFAULT_MODEL", None, "Upstream model of agents that name none; default: the upstream's own default."
