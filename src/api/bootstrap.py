@@ -28,6 +28,8 @@ from gateway.snapshot import Snapshot, SnapshotHolder
 from gateway.upstreams.config import UpstreamsConfig, load_upstreams
 from gateway.upstreams.discovery import ModelDiscovery
 from gateway.upstreams.table import UpstreamTable, open_upstreams
+from gateway.usage.meter import Meter
+from gateway.usage.prices import load_prices
 from sdk_adapter.loader import SdkLoader
 from sdk_adapter.services import AdapterServices
 
@@ -79,8 +81,9 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Gateway]:
         rules = load_routing(settings, _names(config))
         upstreams = await stack.enter_async_context(open_upstreams(config, metrics))
         routes = router.build(upstreams.table, rules)
-        holder = SnapshotHolder(Snapshot(1, Registry(), upstreams.table, keyring, routes))
-        services = AdapterServices(lambda: holder.current.routes, metrics, settings)
+        meter = Meter(load_prices(settings), metrics)
+        holder = SnapshotHolder(Snapshot(1, Registry(), upstreams.table, keyring, routes, meter))
+        services = AdapterServices(lambda: holder.current.routes, metrics, settings, meter=lambda: holder.current.meter)
         stack.enter_context(_environment_of_drop_ins(settings, drop_in_key))
         loader = await stack.enter_async_context(
             SdkLoader(settings, services, _module_policy(settings, keyring.defaults))
@@ -106,8 +109,12 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Gateway]:
             discovery.wake()
             await catalogue.recheck()
 
+        async def reload_prices() -> None:
+            holder.swap(meter=Meter(load_prices(settings), metrics))
+
         async def refresh_upstreams() -> None:
             await reload_upstreams()
+            await reload_prices()
             table = holder.current.upstreams
             await asyncio.gather(*(upstream.check() for upstream in table.upstreams.values()))
             await discovery.refresh()
@@ -123,6 +130,7 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Gateway]:
             watched["security.yaml"] = reload_security
         if settings.agent_auto_reload or settings.upstream_auto_reload:
             watched["upstreams.yaml"] = watched["routing.yaml"] = reload_upstreams
+            watched["prices.yaml"] = reload_prices
         reloader = Reloader(settings, catalogue, roots, on_change=watched)
         gateway = Gateway(
             settings, holder, metrics, RunEngine(metrics), catalogue, reloader, discovery, refresh_upstreams

@@ -70,7 +70,7 @@ def admit(call: Call, snapshot: Snapshot, settings: Settings) -> tuple[Run, Exec
         metadata = request.metadata or {}
     else:
         request = decode_relay(name, call.fields, call.path)
-        model, executor, streamed = name, RelayExecutor(target), request.stream
+        model, executor, streamed = name, RelayExecutor(target, meter=snapshot.meter), request.stream
         deadline_s = settings.run_timeout_s
     run = Run(
         id=uuid.uuid4(),

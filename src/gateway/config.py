@@ -103,10 +103,11 @@ class Settings:
     upstream_config: Path | None = setting("GATEWAY_UPSTREAM_CONFIG", None, "Path of `upstreams.yaml`.")
     security_config: Path | None = setting("GATEWAY_SECURITY_CONFIG", None, "Path of `security.yaml`.")
     routing_config: Path | None = setting("GATEWAY_ROUTING_CONFIG", None, "Path of `routing.yaml`.")
+    prices_config: Path | None = setting("GATEWAY_PRICES_CONFIG", None, "Path of `prices.yaml`.")
     upstream_auto_reload: bool = setting(
         "GATEWAY_UPSTREAM_AUTO_RELOAD",
         False,
-        "Watch `upstreams.yaml` and `routing.yaml`, and reload them when they change.",
+        "Watch `upstreams.yaml`, `routing.yaml` and `prices.yaml`, and reload them when they change.",
     )
     upstream_discovery_s: float = setting(
         "GATEWAY_UPSTREAM_DISCOVERY_S", 300.0, "Seconds between two looks at an upstream's own list of models."
@@ -179,6 +180,7 @@ class Settings:
             "upstreams.yaml": self.upstream_config,
             "security.yaml": self.security_config,
             "routing.yaml": self.routing_config,
+            "prices.yaml": self.prices_config,
         }.get(name)
         if explicit is not None:
             if not explicit.is_file():

@@ -15,7 +15,12 @@ FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
 
 class Usage(Struct, frozen=True):
-    """Tokens of a run, summed over all its model calls; ``estimated`` when an upstream gave no numbers."""
+    """Tokens of a run, summed over all its model calls; ``estimated`` when an upstream gave no numbers.
+
+    Cached and audio tokens are among the input's, reasoning and audio tokens among the output's. ``cost`` is in
+    picodollars (1e-12 USD), None where that of any call is not known; ``cost_reported`` when it is, at least in part,
+    what upstreams reported themselves.
+    """
 
     input_tokens: int = 0
     output_tokens: int = 0
@@ -23,6 +28,10 @@ class Usage(Struct, frozen=True):
     reasoning_tokens: int = 0
     requests: int = 0
     estimated: bool = False
+    audio_input_tokens: int = 0
+    audio_output_tokens: int = 0
+    cost: int | None = None
+    cost_reported: bool = False
 
     @property
     def total_tokens(self) -> int:
@@ -37,7 +46,19 @@ class Usage(Struct, frozen=True):
             self.reasoning_tokens + other.reasoning_tokens,
             self.requests + other.requests,
             self.estimated or other.estimated,
+            self.audio_input_tokens + other.audio_input_tokens,
+            self.audio_output_tokens + other.audio_output_tokens,
+            _sum_of_costs(self, other),
+            self.cost_reported or other.cost_reported,
         )
+
+
+def _sum_of_costs(one: Usage, other: Usage) -> int | None:
+    if not one.requests:
+        return other.cost
+    if not other.requests:
+        return one.cost
+    return None if one.cost is None or other.cost is None else one.cost + other.cost
 
 
 class TextDelta(Struct, frozen=True):

@@ -10,13 +10,14 @@ from gateway.registry.registry import Registry
 from gateway.routing.table import RouteTable
 from gateway.security.keys import Keyring
 from gateway.upstreams.table import UpstreamTable
+from gateway.usage.meter import Meter
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """What a request sees from admission to its last byte; ``version`` grows by one with each swap.
 
-    ``routes`` says what a model name means: `upstreams` with routing on top.
+    ``routes`` says what a model name means: `upstreams` with routing on top; ``meter`` what a call costs.
     """
 
     version: int
@@ -24,6 +25,7 @@ class Snapshot:
     upstreams: UpstreamTable
     keyring: Keyring
     routes: RouteTable
+    meter: Meter = field(default_factory=Meter)
     derived: dict[Any, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Answers that follow from this snapshot alone, such as model lists: made once, gone with it."""
 

@@ -23,6 +23,9 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from gateway.errors import UpstreamError, UpstreamIncomplete, UpstreamMalformed
 from gateway.events import FinishReason, Usage
+from gateway.routing.routed import RoutedUpstream
+from gateway.usage.estimate import estimate_usage
+from gateway.usage.prices import reported_cost
 from sdk_adapter.call_ids import CallIds
 from sdk_adapter.messages import NamedText
 from sdk_adapter.scope import Level
@@ -31,9 +34,6 @@ if TYPE_CHECKING:
     from gateway.routing.targets import Target
 
 T = TypeVar("T")
-
-_CHARACTERS_PER_TOKEN = 4
-"""For estimates only, where an upstream gives no usage; they are flagged as estimates."""
 
 _FINISH: dict[str, FinishReason] = {
     "length": "length",
@@ -49,17 +49,29 @@ _NOT_BODY = frozenset({"extra_headers", "extra_query", "extra_body", "timeout"})
 class CallRecord:
     """What one model call did; added to the run's usage exactly once, also when the call fails half way."""
 
-    __slots__ = ("_answered", "_closed", "_level", "_request_bytes", "_text_chars", "_usage", "finish_reason")
+    __slots__ = (
+        "_answered",
+        "_closed",
+        "_level",
+        "_model",
+        "_request_bytes",
+        "_text_chars",
+        "_upstream",
+        "_usage",
+        "finish_reason",
+    )
 
-    def __init__(self, level: Level | None) -> None:
-        self._level = level
+    def __init__(self, upstream: Target, level: Level | None) -> None:
+        self._upstream, self._level = upstream, level
+        self._model = ""
         self._request_bytes = self._text_chars = 0
         self._usage: Usage | None = None
         self._answered = self._closed = False
         self.finish_reason: FinishReason | None = None
 
-    def asked(self, request_bytes: int) -> None:
+    def asked(self, model: str, request_bytes: int) -> None:
         """Start a call (a record serves the calls of one model object, one after the other)."""
+        self._model = model
         self._request_bytes, self._text_chars, self._usage = request_bytes, 0, None
         self._answered = self._closed = False
         self.finish_reason = None
@@ -87,15 +99,10 @@ class CallRecord:
             return
         self._closed = True
         if self._level is not None:
-            self._level.scope.add_usage(self._usage or self._estimate())
-
-    def _estimate(self) -> Usage:
-        return Usage(
-            input_tokens=self._request_bytes // _CHARACTERS_PER_TOKEN,
-            output_tokens=-(-self._text_chars // _CHARACTERS_PER_TOKEN),
-            requests=1,
-            estimated=True,
-        )
+            usage = self._usage or estimate_usage(self._request_bytes, self._text_chars)
+            target = self._upstream
+            upstream, model = target.served if isinstance(target, RoutedUpstream) else (target.name, self._model)
+            self._level.scope.charge(usage, upstream, model)
 
 
 class UpstreamClient:
@@ -107,7 +114,7 @@ class UpstreamClient:
     def __init__(self, upstream: Target, level: Level | None) -> None:
         official = urlsplit(str(upstream.base_url or "")).hostname == "api.openai.com"
         self.base_url = "" if official and upstream.api == "chat" else str(upstream.base_url or "")
-        self.record = CallRecord(level)
+        self.record = CallRecord(upstream, level)
         self.chat = _Chat(upstream, level, self.record)
         self.responses = _Responses(upstream, level, self.record)
 
@@ -135,7 +142,7 @@ class _ChatCompletions:
         _name_participants(kwargs["messages"])
         body, arguments = _encode_request(kwargs, self._level)
         _refuse_query(kwargs)
-        self._record.asked(len(body))
+        self._record.asked(str(kwargs["model"]), len(body))
         if kwargs.get("stream") is True:
             return self._chunks(_at_home(self._level, self._upstream.chat_stream(body, **arguments)))
         data = await _run_at_home(self._level, self._upstream.chat(body, **arguments))
@@ -189,7 +196,7 @@ class _Responses:
         _move_response_format(kwargs)
         body, arguments = _encode_request(kwargs, self._level)
         path = "/responses" + _query(kwargs)
-        self._record.asked(len(body))
+        self._record.asked(str(kwargs["model"]), len(body))
         if kwargs.get("stream") is True:
             return self._events(_at_home(self._level, self._upstream.stream(path, body, **arguments)))
         data = await _run_at_home(self._level, self._upstream.post(path, body, **arguments))
@@ -353,22 +360,32 @@ def _failure(response: Response) -> str:
 
 
 def _usage_of_chat(usage: CompletionUsage) -> Usage:
+    cost = reported_cost(getattr(usage, "cost", None))
     return Usage(
         input_tokens=usage.prompt_tokens or 0,
         output_tokens=usage.completion_tokens or 0,
         cached_input_tokens=_detail(usage, "prompt_tokens_details", "cached_tokens"),
         reasoning_tokens=_detail(usage, "completion_tokens_details", "reasoning_tokens"),
         requests=1,
+        audio_input_tokens=_detail(usage, "prompt_tokens_details", "audio_tokens"),
+        audio_output_tokens=_detail(usage, "completion_tokens_details", "audio_tokens"),
+        cost=cost,
+        cost_reported=cost is not None,
     )
 
 
 def _usage_of_response(usage: ResponseUsage) -> Usage:
+    cost = reported_cost(getattr(usage, "cost", None))
     return Usage(
         input_tokens=usage.input_tokens or 0,
         output_tokens=usage.output_tokens or 0,
         cached_input_tokens=_detail(usage, "input_tokens_details", "cached_tokens"),
         reasoning_tokens=_detail(usage, "output_tokens_details", "reasoning_tokens"),
         requests=1,
+        audio_input_tokens=_detail(usage, "input_tokens_details", "audio_tokens"),
+        audio_output_tokens=_detail(usage, "output_tokens_details", "audio_tokens"),
+        cost=cost,
+        cost_reported=cost is not None,
     )
 
 

@@ -25,6 +25,7 @@ from gateway.observability.logs import log_event
 from gateway.registry.entry import AgentOptions
 from gateway.routing.routed import RoutedUpstream
 from gateway.run import Run
+from gateway.usage.prices import PICO
 from sdk_adapter.client_tools import ClientTool, TurnMemory, client_tools_of, fitting_tools
 from sdk_adapter.cloning import RunClones, with_model
 from sdk_adapter.context import GatewayContext
@@ -172,6 +173,7 @@ class AgentExecutor:
             upstream=run.upstream or self._options.upstream,
             default_model=self._options.model,
             max_tool_hops=self._options.max_tool_hops,
+            meter=self._services.meter(),
         )
         level = Level(scope, client_tools=frozenset(tool.name for tool in tools))
         settings = RequestSettings(request, self._options.max_completion_tokens)
@@ -381,6 +383,7 @@ class _Answer:
             error_type=type(root_cause(error)).__name__,
             input_tokens=usage.input_tokens,
             output_tokens=usage.output_tokens,
+            cost_usd=usage.cost / PICO if usage.cost is not None else None,
             exc_info=None if own else error,
             **self._log_fields(),
         )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from gateway.errors import AgentFailed
 from gateway.events import FinishReason, Usage
 from gateway.run import Run
+from gateway.usage.meter import Meter
 
 if TYPE_CHECKING:
     from gateway.routing.targets import ModelTable, Target
@@ -49,6 +50,7 @@ class RunScope:
     upstream: str | None = None
     default_model: str | None = None
     max_tool_hops: int | None = None
+    meter: Meter = field(default_factory=Meter)
     usage: Usage = field(default_factory=Usage)
     call_ids: set[str] = field(default_factory=set)
     model_calls: int = 0
@@ -58,6 +60,10 @@ class RunScope:
     def add_usage(self, usage: Usage) -> None:
         """Add what one model call used."""
         self.usage = self.usage + usage
+
+    def charge(self, usage: Usage, upstream: str, model: str) -> None:
+        """Add what one model call used, with its cost at the upstream and model that answered it."""
+        self.add_usage(self.meter.charge(usage, run_model=self.run.model, upstream=upstream, model=model))
 
     def count_model_call(self) -> None:
         """Count one model call; raise `AgentFailed` when the run has made too many."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from gateway.config import Settings
 from gateway.observability.metrics import Metrics
+from gateway.usage.meter import Meter
 
 if TYPE_CHECKING:
     from gateway.routing.targets import ModelTable
@@ -15,8 +16,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class AdapterServices:
-    """``upstreams`` returns the table that a run starting now shall use."""
+    """``upstreams`` and ``meter`` return the table and the meter that a run starting now shall use."""
 
     upstreams: Callable[[], ModelTable]
     metrics: Metrics
     settings: Settings
+    meter: Callable[[], Meter] = Meter

@@ -16,10 +16,13 @@ from api.errors import error_response
 from gateway.chat import CHAT_PATH, decode_body, decode_chat, decode_model, decode_relay
 from gateway.errors import GatewayError, UpstreamError, UpstreamIncomplete
 from gateway.events import RelayedBody, RelayedChunk, RelayedHead, RelayEnded, RunEvent, Usage
+from gateway.observability.metrics import Metrics
 from gateway.principal import Principal
 from gateway.run import Run
 from gateway.runs.relay import RelayExecutor
 from gateway.upstreams.table import ModelBinding
+from gateway.usage.meter import Meter
+from gateway.usage.prices import PriceRow, PriceTable
 from tests.support.scripted_answers import LAST, STREAM_HEAD, Answer, Call, chunk, sse, status
 from tests.support.scripted_faults import fault
 from tests.support.scripted_upstream import ScriptedUpstream
@@ -217,19 +220,54 @@ def test_tool_calls_pass(scripted: ScriptedUpstream) -> None:
     scripted.enqueue(*[Answer(calls=[Call("f", {"a": 1}), Call("g")], usage=None)] * 2)
     (whole,) = relay(scripted)
     assert isinstance(whole, RelayedBody)
-    assert (whole.finish_reason, whole.usage) == ("tool_calls", None)
+    assert whole.finish_reason == "tool_calls"
+    assert whole.usage is not None and whole.usage.estimated
     events = relay(scripted, stream=True, stream_options={"include_usage": True})
-    assert events[-1] == RelayEnded("tool_calls", None)
+    assert isinstance(events[-1], RelayEnded) and events[-1].finish_reason == "tool_calls"
     parts = [c["choices"][0]["delta"].get("tool_calls") for c in chunks_of(events)]
     assert {part[0]["index"] for part in parts if part} == {0, 1}
 
 
-@pytest.mark.parametrize("usage", [{}, {"prompt_tokens": "many"}, [], 7])
-def test_odd_usage_counts_as_little_or_none(scripted: ScriptedUpstream, usage: Any) -> None:
+@pytest.mark.parametrize("usage", [{}, {"prompt_tokens": "many"}, {"prompt_tokens": -1}, [], 7])
+def test_odd_usage_is_replaced_by_an_estimate(scripted: ScriptedUpstream, usage: Any) -> None:
     scripted.enqueue(Answer(text="x", usage=usage))
     (event,) = relay(scripted)
     assert isinstance(event, RelayedBody)
-    assert event.usage in (None, Usage(requests=1))
+    assert event.usage is not None and event.usage.estimated
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_usage_is_estimated_where_the_upstream_gives_none(scripted: ScriptedUpstream, streamed: bool) -> None:
+    scripted.enqueue(Answer(text="twelve chars", usage=None))
+    event = relay(scripted, stream=streamed)[-1]
+    assert isinstance(event, RelayedBody | RelayEnded)
+    assert event.usage is not None
+    assert (event.usage.estimated, event.usage.output_tokens, event.usage.requests) == (True, 3, 1)
+    assert event.usage.input_tokens == len(scripted.requests[-1].body) // 4
+
+
+def test_a_delta_of_an_odd_shape_passes(scripted: ScriptedUpstream) -> None:
+    odd = {**chunk({}), "choices": [{"index": 0, "delta": [], "finish_reason": "length"}]}
+    scripted.enqueue(Answer(steps=lambda streamed: [STREAM_HEAD, *sse(odd, b"[DONE]"), LAST]))
+    events = relay(scripted, stream=True)
+    assert chunks_of(events)[0]["choices"] == odd["choices"]
+    assert isinstance(events[-1], RelayEnded) and events[-1].finish_reason == "length"
+
+
+def test_an_answer_that_is_cut_is_charged(scripted: ScriptedUpstream) -> None:
+    metrics = Metrics()
+    meter = Meter(PriceTable([PriceRow(match="*", input=1, output=1)]), metrics)
+    scripted.enqueue(fault("no_finish_reason"))
+
+    async def main() -> bytes:
+        async with connected(scripted.base_url) as upstream:
+            run = run_of(b'{"model":"up/m","messages":[],"stream":true}')
+            with pytest.raises(UpstreamIncomplete):
+                [event async for event in RelayExecutor(ModelBinding(upstream, "m"), meter=meter).execute(run)]
+        return (await metrics.render())[0]
+
+    labels = b'{operation_name="chat",provider_name="up",request_model="up/m"} '
+    assert b"gen_ai_client_cost_total" + labels in asyncio.run(main())
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -31,6 +31,7 @@ from gateway.events import (
     Usage,
 )
 from gateway.run import Run
+from gateway.usage.prices import usd
 
 DONE = b"data: [DONE]\n\n"
 _ROLE = b'{"role":"assistant","content":"","refusal":null}'
@@ -52,6 +53,18 @@ def usage_object(usage: Usage | None) -> dict[str, Any]:
         "prompt_tokens_details": {"cached_tokens": usage.cached_input_tokens},
         "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
+
+
+def spending_headers(usage: Usage | None) -> Headers:
+    """Return what an unstreamed answer says of its cost, and whether its numbers are an estimate."""
+    if usage is None:
+        return ()
+    headers: Headers = ()
+    if usage.cost is not None:
+        headers = ((b"x-gateway-cost-usd", usd(usage.cost).encode()),)
+        if usage.cost_reported:
+            headers += ((b"x-gateway-cost-reported", b"true"),)
+    return (*headers, (b"x-gateway-usage-estimated", b"true")) if usage.estimated else headers
 
 
 def encode_error(error: GatewayError) -> bytes:
@@ -145,8 +158,10 @@ class CompletionBuilder:
                 self._tool_calls.append(_tool_call(event))
             case RunFinished(finish_reason, usage):
                 self._body = self._finish(finish_reason, usage)
+                self.headers += spending_headers(usage)
             case RelayedBody(data):
                 self._body = data
+                self.headers += spending_headers(event.usage)
             case RelayedHead(headers):
                 self.headers += headers
             case Routed():

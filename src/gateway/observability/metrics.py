@@ -75,6 +75,10 @@ class Metrics:
         self._genai_tokens.child("chat", model, "input").observe(input_tokens)
         self._genai_tokens.child("chat", model, "output").observe(output_tokens)
 
+    def cost(self, operation: str, model: str, upstream: str, usd: float) -> None:
+        """Record what one model call of a run for ``model`` cost; ``upstream`` answered it."""
+        self._genai_cost.child(operation, model, upstream).inc(usd)
+
     def tool_invoked(self, tool: str, provider: str, source: str, status: str, seconds: float) -> None:
         """Record one call of a tool.
 
@@ -188,6 +192,9 @@ class Metrics:
         labels = ("operation_name", "request_model")
         self._genai_tokens = self._histogram(
             "gen_ai_client_token_usage", "Tokens of a run.", _TOKENS, *labels, "token_type", prefix=""
+        )
+        self._genai_cost = self._keep(
+            CounterFamily("gen_ai_client_cost", "Cost of model calls, USD.", (*labels, "provider_name"))
         )
         self._genai_duration = self._histogram(
             "gen_ai_server_request_duration", "Duration of a run, s.", _SECONDS, *labels, prefix=""

@@ -73,6 +73,12 @@ class RoutedUpstream:
         return (self.call.candidate if self.call is not None else self._route.candidates[0]).target.name
 
     @property
+    def served(self) -> tuple[str, str]:
+        """Upstream and model that serve the latest call; before any, the first target's."""
+        candidate = self.call.candidate if self.call is not None else self._route.candidates[0]
+        return candidate.target.name, candidate.model
+
+    @property
     def api(self) -> Literal["chat", "responses"]:
         """What agents speak to it."""
         return self._route.candidates[0].target.api

@@ -15,6 +15,7 @@ from gateway.observability.logs import log_event
 from gateway.observability.metrics import Metrics
 from gateway.observability.recent import ErrorRecord, RecentErrors
 from gateway.run import Executor, Run
+from gateway.usage.prices import PICO
 
 Sink = Callable[[RunEvent], Awaitable[None]]
 
@@ -104,7 +105,11 @@ class RunEngine:
                 error_code=error.code if error else None,
                 input_tokens=usage.input_tokens if usage else None,
                 output_tokens=usage.output_tokens if usage else None,
+                cached_input_tokens=usage.cached_input_tokens if usage else None,
+                reasoning_tokens=usage.reasoning_tokens if usage else None,
                 usage_estimated=usage.estimated if usage else None,
+                cost_usd=usage.cost / PICO if usage and usage.cost is not None else None,
+                cost_reported=usage.cost_reported if usage and usage.cost is not None else None,
                 duration_ms=round(seconds * 1000, 2),
             )
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Meta, Raw, Struct
 
 from gateway.chat import STREAMED_PATHS, RelayRequest
 from gateway.errors import GatewayError, UpstreamMalformed
@@ -21,6 +21,9 @@ from gateway.routing.routed import RoutedUpstream
 from gateway.routing.targets import Binding, Target
 from gateway.run import Run
 from gateway.upstreams.relaying import OnHead, shown_headers
+from gateway.usage.estimate import estimate_usage
+from gateway.usage.meter import Meter
+from gateway.usage.prices import reported_cost
 
 CHUNK_KEYS = frozenset(
     {
@@ -45,8 +48,11 @@ class RelayExecutor:
     ``passthrough_keys`` are further top-level chunk keys that reach the client; default: those of the upstream.
     """
 
-    def __init__(self, binding: Binding, passthrough_keys: Iterable[str] | None = None) -> None:
+    def __init__(
+        self, binding: Binding, passthrough_keys: Iterable[str] | None = None, *, meter: Meter | None = None
+    ) -> None:
         self._binding = binding
+        self._meter = meter or Meter()
         extra = binding.upstream.config.passthrough_keys if passthrough_keys is None else passthrough_keys
         self._keys = CHUNK_KEYS.union(extra) - {"error"}
 
@@ -62,7 +68,7 @@ class RelayExecutor:
         body = self._body(request, streamed=False)
         try:
             data = await upstream.post(request.path, body, request_id=run.request_id, on_head=_keep_in(heads))
-            answer = _relayed_body(data, run.model, upstream.name)
+            answer = self._relayed_body(data, run, request, len(body))
         except GatewayError as error:
             error.is_relayed = True
             raise
@@ -90,10 +96,32 @@ class RelayExecutor:
         except GatewayError as error:
             error.is_relayed = True
             raise
+        finally:
+            # Also of an answer that was cut or that nobody waits for: the upstream counts it, too.
+            usage = self._charged(run, request.path, cutter.usage_of(len(body))) if cutter.began else None
         last = cutter.usage_chunk()
         if last is not None:
             yield RelayedChunk(last)
-        yield RelayEnded(cutter.finish_reason, cutter.usage)
+        yield RelayEnded(cutter.finish_reason, usage)
+
+    def _relayed_body(self, data: bytes, run: Run, request: RelayRequest, request_bytes: int) -> RelayedBody:
+        fields = _decode_fields(data, self._binding.upstream.name)
+        raw_choices = fields.get("choices", _NULL)
+        try:
+            choices = _CHOICES.decode(raw_choices) or []
+        except msgspec.ValidationError:
+            choices = _ends(raw_choices)
+        usage = _usage(fields.get("usage"))
+        if usage is None:
+            usage = estimate_usage(request_bytes, sum(map(_characters, choices)))
+        reason = choices[0].finish_reason if choices else None
+        fields["model"] = Raw(msgspec.json.encode(run.model))
+        return RelayedBody(msgspec.json.encode(fields), reason or "stop", self._charged(run, request.path, usage))
+
+    def _charged(self, run: Run, path: str, usage: Usage) -> Usage:
+        target = self._binding.upstream
+        upstream, model = target.served if isinstance(target, RoutedUpstream) else (target.name, self._binding.model)
+        return self._meter.charge(usage, run_model=run.model, upstream=upstream, model=model, path=path)
 
     def _body(self, request: RelayRequest, streamed: bool) -> bytes:
         fields: dict[str, Any] = {str(name): raw for name, raw in request.fields.items()}
@@ -121,25 +149,41 @@ def _keep_in(heads: list[RelayedHead]) -> OnHead:
     return lambda status, headers: heads.append(RelayedHead(shown_headers(headers)))
 
 
+_Number = Annotated[int, Meta(ge=0)]
+
+
 class _Details(Struct):
-    cached_tokens: int | None = None
-    reasoning_tokens: int | None = None
+    cached_tokens: _Number | None = None
+    reasoning_tokens: _Number | None = None
+    audio_tokens: _Number | None = None
 
 
 class _Tokens(Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    prompt_tokens: _Number | None = None
+    completion_tokens: _Number | None = None
     prompt_tokens_details: _Details | None = None
     completion_tokens_details: _Details | None = None
+    cost: Any = None
 
 
-class _Choice(Struct):
+class _Content(Struct):
+    content: Any = None
+
+
+class _End(Struct):
     finish_reason: str | None = None
+
+
+class _Choice(_End):
+    delta: _Content | None = None
+    message: _Content | None = None
+    text: Any = None
 
 
 _NULL = Raw(b"null")
 _TOKENS = msgspec.json.Decoder(_Tokens | None)
 _CHOICES = msgspec.json.Decoder(list[_Choice] | None)
+_ENDS = msgspec.json.Decoder(list[_End] | None)
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 
 
@@ -154,12 +198,13 @@ class _ChunkCutter:
         self._usage_sent = False
         self._raw_usage: Raw | None = None
         self._frame: dict[str, Raw] = {}
+        self._text_chars = 0
+        self.began = False
         self.finish_reason = "stop"
 
-    @property
-    def usage(self) -> Usage | None:
-        """The upstream's own numbers; None if it gave none."""
-        return _usage(self._raw_usage)
+    def usage_of(self, request_bytes: int) -> Usage:
+        """Return the upstream's own numbers, or an estimate where it gave none."""
+        return _usage(self._raw_usage) or estimate_usage(request_bytes, self._text_chars)
 
     def cut(self, data: bytes) -> bytes | None:
         """Return the chunk to send, or None for one that only carries what the client did not ask for."""
@@ -174,9 +219,13 @@ class _ChunkCutter:
             usage = None
         fields["model"] = self._model
         raw_choices = fields.get("choices", _NULL)
-        choices = _CHOICES.decode(raw_choices)
+        try:
+            choices = _CHOICES.decode(raw_choices)
+        except msgspec.ValidationError:
+            choices = _ends(raw_choices)
         if not choices:
             if usage is not None:
+                self.began = True
                 if not self._include_usage:
                     return None
                 self._usage_sent = True
@@ -186,7 +235,9 @@ class _ChunkCutter:
                 # A frame that is no chunk at all (a server's own ping or status).
                 return None
         else:
+            self.began = True
             for choice in choices:
+                self._text_chars += _characters(choice)
                 if choice.finish_reason:
                     self.finish_reason = choice.finish_reason
         if self._include_usage:
@@ -202,13 +253,16 @@ class _ChunkCutter:
         return msgspec.json.encode({**self._frame, "model": self._model, "choices": [], "usage": self._raw_usage})
 
 
-def _relayed_body(data: bytes, model: str, upstream: str) -> RelayedBody:
-    fields = _decode_fields(data, upstream)
-    choices = _CHOICES.decode(fields.get("choices", _NULL)) or []
-    usage = _usage(fields.get("usage"))
-    reason = choices[0].finish_reason if choices else None
-    fields["model"] = Raw(msgspec.json.encode(model))
-    return RelayedBody(msgspec.json.encode(fields), reason or "stop", usage)
+def _ends(raw_choices: Raw) -> list[_Choice]:
+    """Return how choices of an unusual shape ended; their text counts for nothing."""
+    return [_Choice(end.finish_reason) for end in _ENDS.decode(raw_choices) or ()]
+
+
+def _characters(choice: _Choice) -> int:
+    """Return how much text a choice has, for an estimate."""
+    part = choice.delta or choice.message
+    text = choice.text if part is None else part.content
+    return len(text) if isinstance(text, str) else 0
 
 
 def _decode_fields(data: bytes, upstream: str) -> dict[str, Raw]:
@@ -226,13 +280,18 @@ def _usage(raw: Raw | None) -> Usage | None:
         tokens = _TOKENS.decode(raw)
     except msgspec.DecodeError:
         return None
-    if tokens is None:
+    if tokens is None or (tokens.prompt_tokens is None and tokens.completion_tokens is None):
         return None
     prompt, completion = tokens.prompt_tokens_details, tokens.completion_tokens_details
+    cost = None if tokens.cost is None else reported_cost(tokens.cost)
     return Usage(
         input_tokens=tokens.prompt_tokens or 0,
         output_tokens=tokens.completion_tokens or 0,
         cached_input_tokens=(prompt.cached_tokens or 0) if prompt else 0,
         reasoning_tokens=(completion.reasoning_tokens or 0) if completion else 0,
         requests=1,
+        audio_input_tokens=(prompt.audio_tokens or 0) if prompt else 0,
+        audio_output_tokens=(completion.audio_tokens or 0) if completion else 0,
+        cost=cost,
+        cost_reported=cost is not None,
     )
