@@ -29,7 +29,7 @@ def request_id(headers: Mapping[str, str]) -> str:
 
 def caller(scope: AsgiScope, headers: Mapping[str, str]) -> Caller:
     """Return what the request shows of who sent it; raise `Unauthenticated` for two ``Authorization`` headers."""
-    if sum(name == b"authorization" for name, _ in scope["headers"]) > 1:
+    if [name for name, _ in scope["headers"]].count(b"authorization") > 1:
         raise Unauthenticated("The request has more than one Authorization header. Send one.")
     client = scope.get("client")
     return Caller(
