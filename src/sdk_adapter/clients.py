@@ -43,6 +43,10 @@ _FINISH: dict[str, FinishReason] = {
     "tool_calls": "tool_calls",
     "function_call": "tool_calls",
 }
+_DETAILS = {
+    "input_tokens_details": ("cached_tokens", "cache_write_tokens"),
+    "output_tokens_details": ("reasoning_tokens",),
+}
 _NOT_BODY = frozenset({"extra_headers", "extra_query", "extra_body", "timeout"})
 
 
@@ -343,8 +347,22 @@ def _parse_response_event(data: bytes) -> Any:
         "response.incomplete",
         "response.failed",
     ):
-        raise UpstreamMalformed("The upstream's last event is not what its protocol allows.")
+        try:
+            return _response_event_adapter().validate_python(_with_details_of_usage(fields))
+        except ValidationError as error:
+            raise UpstreamMalformed("The upstream's last event is not what its protocol allows.") from error
     return None
+
+
+def _with_details_of_usage(event: dict[str, Any]) -> dict[str, Any]:
+    """Add the details of usage that an upstream of an earlier protocol does not know."""
+    response = event.get("response")
+    usage = response.get("usage") if isinstance(response, dict) else None
+    if isinstance(usage, dict):
+        for group, names in _DETAILS.items():
+            given = usage.get(group)
+            usage[group] = dict.fromkeys(names, 0) | (given if isinstance(given, dict) else {})
+    return event
 
 
 def _completed(event: Any) -> ResponseCompletedEvent:
