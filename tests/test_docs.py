@@ -27,6 +27,7 @@ from gateway.registry.entry import AgentOptions
 from gateway.routing.config import RoutingConfig
 from gateway.security.config import SecurityConfig
 from gateway.upstreams.config import UpstreamsConfig
+from gateway.usage.prices import PricesConfig
 from gateway_cli.errors import CliError
 from gateway_cli.main import build_parser
 
@@ -204,6 +205,7 @@ def test_diagnostic_codes_and_their_page_agree() -> None:
     ("name", "kind"),
     [
         ("agents-yaml.md", AgentsConfig),
+        ("prices-yaml.md", PricesConfig),
         ("routing-yaml.md", RoutingConfig),
         ("security-yaml.md", SecurityConfig),
         ("upstreams-yaml.md", UpstreamsConfig),
