@@ -113,8 +113,9 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Gateway]:
             holder.swap(meter=Meter(load_prices(settings), metrics))
 
         async def refresh_upstreams() -> None:
+            meter = Meter(load_prices(settings), metrics)  # before anything changes, as above
             await reload_upstreams()
-            await reload_prices()
+            holder.swap(meter=meter)
             table = holder.current.upstreams
             await asyncio.gather(*(upstream.check() for upstream in table.upstreams.values()))
             await discovery.refresh()
