@@ -108,14 +108,14 @@ def test_ids_and_limits_of_the_upstream_go_out_under_names_of_their_own(
 
 
 @pytest.mark.parametrize("code", [400, 413, 422, 429])
-def test_an_error_object_stays_as_it_was(scripted: ScriptedUpstream, code: int) -> None:
+def test_an_error_object_stays_as_it_was_but_for_the_types_of_its_fields(scripted: ScriptedUpstream, code: int) -> None:
     said = {"message": f"no, {UPSTREAM_KEY}", "type": "odd_type", "param": "p", "code": 7, "extra": {"a": [1]}}
     scripted.enqueue(Answer(status=code, body={"error": said}, headers={"retry-after": "3", "x-request-id": "req_up"}))
     with pytest.raises(GatewayError) as caught:
         relay(scripted)
     answer = error_response(caught.value)
     assert answer.status == code
-    assert json.loads(answer.body) == {"error": said | {"message": "no, ***"}}
+    assert json.loads(answer.body) == {"error": said | {"message": "no, ***", "code": "7"}}
     assert dict(answer.headers)[b"x-upstream-request-id"] == b"req_up"
     assert (b"retry-after" in dict(answer.headers)) == (code == 429)
 
