@@ -192,6 +192,8 @@ def test_prices_are_reloaded_and_a_bad_file_keeps_the_old(house: House) -> None:
     wait_for(lambda: cost() == "0.00051", what="the new price counts", timeout_s=10)
     path.write_text("models: [{match: first/plain, inptu: 1}]", encoding="utf-8")
     wait_for(refused, what="the refusal is logged", timeout_s=10)
+    answer = house.gateway.post("/upstreams/refresh", {})
+    assert answer.status == 400 and "'input'" in answer.error["message"], answer.body
     assert cost() == "0.00051"
     path.write_text(PRICES, encoding="utf-8")
     wait_for(lambda: cost() == "0.00011", what="the old price counts again", timeout_s=10)
