@@ -107,14 +107,11 @@ class RelayExecutor:
     def _relayed_body(self, data: bytes, run: Run, request: RelayRequest, request_bytes: int) -> RelayedBody:
         fields = _decode_fields(data, self._binding.upstream.name)
         raw_choices = fields.get("choices", _NULL)
-        try:
-            choices = _CHOICES.decode(raw_choices) or []
-        except msgspec.ValidationError:
-            choices = _ends(raw_choices)
+        ends = _ENDS.decode(raw_choices)
         usage = _usage(fields.get("usage"))
         if usage is None:
-            usage = estimate_usage(request_bytes, sum(map(_characters, choices)))
-        reason = choices[0].finish_reason if choices else None
+            usage = estimate_usage(request_bytes, _characters_of_all(raw_choices))
+        reason = ends[0].finish_reason if ends else None
         fields["model"] = Raw(msgspec.json.encode(run.model))
         return RelayedBody(msgspec.json.encode(fields), reason or "stop", self._charged(run, request.path, usage))
 
@@ -256,6 +253,13 @@ class _ChunkCutter:
 def _ends(raw_choices: Raw) -> list[_Choice]:
     """Return how choices of an unusual shape ended; their text counts for nothing."""
     return [_Choice(end.finish_reason) for end in _ENDS.decode(raw_choices) or ()]
+
+
+def _characters_of_all(raw_choices: Raw) -> int:
+    try:
+        return sum(map(_characters, _CHOICES.decode(raw_choices) or ()))
+    except msgspec.ValidationError:
+        return 0
 
 
 def _characters(choice: _Choice) -> int:
