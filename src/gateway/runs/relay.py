@@ -110,7 +110,7 @@ class RelayExecutor:
         ends = _ENDS.decode(raw_choices)
         usage = _usage(fields.get("usage"))
         if usage is None:
-            usage = estimate_usage(request_bytes, _characters_of_all(raw_choices))
+            usage = estimate_usage(request_bytes, _characters_of(raw_choices))
         reason = ends[0].finish_reason if ends else None
         fields["model"] = Raw(msgspec.json.encode(run.model))
         return RelayedBody(msgspec.json.encode(fields), reason or "stop", self._charged(run, request.path, usage))
@@ -173,6 +173,10 @@ class _End(Struct):
 
 class _Choice(_End):
     delta: _Content | None = None
+    text: Any = None
+
+
+class _WholeChoice(Struct):
     message: _Content | None = None
     text: Any = None
 
@@ -180,6 +184,7 @@ class _Choice(_End):
 _NULL = Raw(b"null")
 _TOKENS = msgspec.json.Decoder(_Tokens | None)
 _CHOICES = msgspec.json.Decoder(list[_Choice] | None)
+_WHOLE_CHOICES = msgspec.json.Decoder(list[_WholeChoice] | None)
 _ENDS = msgspec.json.Decoder(list[_End] | None)
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 
@@ -234,7 +239,10 @@ class _ChunkCutter:
         else:
             self.began = True
             for choice in choices:
-                self._text_chars += _characters(choice)
+                part = choice.delta
+                text = choice.text if part is None else part.content
+                if text.__class__ is str:
+                    self._text_chars += len(text)
                 if choice.finish_reason:
                     self.finish_reason = choice.finish_reason
         if self._include_usage:
@@ -255,18 +263,14 @@ def _ends(raw_choices: Raw) -> list[_Choice]:
     return [_Choice(end.finish_reason) for end in _ENDS.decode(raw_choices) or ()]
 
 
-def _characters_of_all(raw_choices: Raw) -> int:
+def _characters_of(raw_choices: Raw) -> int:
+    """Return how much text a whole answer has, for an estimate."""
     try:
-        return sum(map(_characters, _CHOICES.decode(raw_choices) or ()))
+        choices = _WHOLE_CHOICES.decode(raw_choices) or ()
     except msgspec.ValidationError:
         return 0
-
-
-def _characters(choice: _Choice) -> int:
-    """Return how much text a choice has, for an estimate."""
-    part = choice.delta or choice.message
-    text = choice.text if part is None else part.content
-    return len(text) if isinstance(text, str) else 0
+    texts = (choice.text if choice.message is None else choice.message.content for choice in choices)
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 def _decode_fields(data: bytes, upstream: str) -> dict[str, Raw]:
