@@ -378,30 +378,24 @@ def _failure(response: Response) -> str:
 
 
 def _usage_of_chat(usage: CompletionUsage) -> Usage:
-    cost = reported_cost(getattr(usage, "cost", None))
-    return Usage(
-        input_tokens=usage.prompt_tokens or 0,
-        output_tokens=usage.completion_tokens or 0,
-        cached_input_tokens=_detail(usage, "prompt_tokens_details", "cached_tokens"),
-        reasoning_tokens=_detail(usage, "completion_tokens_details", "reasoning_tokens"),
-        requests=1,
-        audio_input_tokens=_detail(usage, "prompt_tokens_details", "audio_tokens"),
-        audio_output_tokens=_detail(usage, "completion_tokens_details", "audio_tokens"),
-        cost=cost,
-        cost_reported=cost is not None,
-    )
+    return _usage(usage, usage.prompt_tokens, usage.completion_tokens, "prompt", "completion")
 
 
 def _usage_of_response(usage: ResponseUsage) -> Usage:
+    return _usage(usage, usage.input_tokens, usage.output_tokens, "input", "output")
+
+
+def _usage(usage: Any, read: int | None, written: int | None, reading: str, writing: str) -> Usage:
+    """Both APIs say the same under other names; lenient servers leave any of it out."""
     cost = reported_cost(getattr(usage, "cost", None))
     return Usage(
-        input_tokens=usage.input_tokens or 0,
-        output_tokens=usage.output_tokens or 0,
-        cached_input_tokens=_detail(usage, "input_tokens_details", "cached_tokens"),
-        reasoning_tokens=_detail(usage, "output_tokens_details", "reasoning_tokens"),
+        input_tokens=read or 0,
+        output_tokens=written or 0,
+        cached_input_tokens=_detail(usage, f"{reading}_tokens_details", "cached_tokens"),
+        reasoning_tokens=_detail(usage, f"{writing}_tokens_details", "reasoning_tokens"),
         requests=1,
-        audio_input_tokens=_detail(usage, "input_tokens_details", "audio_tokens"),
-        audio_output_tokens=_detail(usage, "output_tokens_details", "audio_tokens"),
+        audio_input_tokens=_detail(usage, f"{reading}_tokens_details", "audio_tokens"),
+        audio_output_tokens=_detail(usage, f"{writing}_tokens_details", "audio_tokens"),
         cost=cost,
         cost_reported=cost is not None,
     )
