@@ -4,42 +4,76 @@ from __future__ import annotations
 
 from gateway.events import Usage
 from gateway.observability.metrics import Metrics
+from gateway.observability.traces import current_span
+from gateway.usage.ledger import Ledger, LedgerRun
 from gateway.usage.prices import PICO, PriceTable
 
-_OPERATIONS = {"/chat/completions": "chat", "/completions": "text_completion", "/embeddings": "embeddings"}
+OPERATIONS = {"/chat/completions": "chat", "/completions": "text_completion", "/embeddings": "embeddings"}
 
 
 class Meter:
-    """Prices every model call once, when it has ended. A reload of the prices makes a new one."""
+    """Prices every model call once, when it has ended, and enters it. A reload of the prices makes a new one."""
 
-    def __init__(self, prices: PriceTable | None = None, metrics: Metrics | None = None) -> None:
+    def __init__(
+        self, prices: PriceTable | None = None, metrics: Metrics | None = None, ledger: Ledger | None = None
+    ) -> None:
         self._prices = PriceTable() if prices is None else prices
         self._metrics = metrics
+        self._ledger = ledger
 
     def charge(
-        self, usage: Usage, *, run_model: str, upstream: str, model: str, path: str = "/chat/completions"
+        self,
+        usage: Usage,
+        run: LedgerRun,
+        *,
+        upstream: str,
+        model: str,
+        path: str = "/chat/completions",
+        agent: str | None = None,
     ) -> Usage:
-        """Return what one model call used with its cost.
+        """Return what one model call of ``run`` used with its cost.
 
-        ``upstream`` and ``model`` are those that answered, ``run_model`` what the client asked for. The upstream's own
+        ``upstream`` and ``model`` are those that answered, ``agent`` whose call it was, if one's. The upstream's own
         word on the cost counts before the prices; without either, there is none.
         """
-        cost = usage.cost
-        if cost is None:
-            cost = self._prices.cost(upstream, model, usage)
-            if cost is None or cost < 0:
-                return usage
-            usage = Usage(
-                usage.input_tokens,
-                usage.output_tokens,
-                usage.cached_input_tokens,
-                usage.reasoning_tokens,
-                usage.requests,
-                usage.estimated,
-                usage.audio_input_tokens,
-                usage.audio_output_tokens,
-                cost,
+        reported = usage.cost is not None
+        usage = usage if reported else self._priced(usage, upstream, model)
+        if (span := current_span()) is not None:
+            span.served(upstream, model)
+            span.spent(usage)
+        if self._metrics is not None and usage.cost is not None:
+            self._metrics.cost(OPERATIONS.get(path, "other"), run.model, upstream, usage.cost / PICO)
+        if self._ledger is not None:
+            version = None if reported or usage.cost is None else self._prices.version
+            self._ledger.charged(
+                run, usage, path=path, agent=agent, upstream=upstream, model=model, price_version=version
             )
-        if self._metrics is not None:
-            self._metrics.cost(_OPERATIONS.get(path, "other"), run_model, upstream, cost / PICO)
         return usage
+
+    def most(self, upstream: str, model: str, input_tokens: int, output_tokens: int) -> int:
+        """Return what a call may cost at the most, in picodollars; 0 where no price says so."""
+        return self._prices.most(upstream, model, input_tokens, output_tokens)
+
+    def count(self, run: LedgerRun, *, upstream: str, model: str, path: str) -> None:
+        """Enter a model call of which nobody says what it used; its cost stays unknown."""
+        if self._ledger is not None:
+            self._ledger.charged(
+                run, Usage(requests=1), path=path, agent=None, upstream=upstream, model=model, price_version=None
+            )
+
+    def _priced(self, usage: Usage, upstream: str, model: str) -> Usage:
+        cost = self._prices.cost(upstream, model, usage)
+        if cost is None or cost < 0:
+            return usage
+        return Usage(
+            usage.input_tokens,
+            usage.output_tokens,
+            usage.cached_input_tokens,
+            usage.reasoning_tokens,
+            usage.requests,
+            usage.estimated,
+            usage.audio_input_tokens,
+            usage.audio_output_tokens,
+            cost,
+            cache_write_tokens=usage.cache_write_tokens,
+        )

@@ -12,12 +12,14 @@ them for one token, so that costs are exact and their sums, too.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable
 from decimal import Decimal
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
+import msgspec
 from msgspec import Meta, Struct
 
 from gateway.config import Settings, load_yaml
@@ -46,6 +48,7 @@ class PriceRow(Struct, frozen=True, kw_only=True):
     input: Price
     output: Price | None = None
     cached_input: Price | None = None
+    cache_write: Price | None = None
     reasoning: Price | None = None
     audio_input: Price | None = None
     audio_output: Price | None = None
@@ -64,6 +67,7 @@ class _Rates(Struct, frozen=True):
 
     input: int
     cached_input: int
+    cache_write: int
     audio_input: int
     output: int | None
     reasoning: int | None
@@ -75,6 +79,9 @@ class PriceTable:
 
     def __init__(self, rows: Iterable[PriceRow] = ()) -> None:
         """Raise `ConfigError` for a price that is no whole number of picodollars, and for a name that comes twice."""
+        rows = tuple(rows)
+        self.version = hashlib.sha256(msgspec.json.encode(rows)).hexdigest()[:12]
+        """What the ledger calls these prices: the same rows have the same name."""
         self._rows: dict[str, _Rates] = {}
         for row in rows:
             if row.match in self._rows:
@@ -85,7 +92,8 @@ class PriceTable:
     def cost(self, upstream: str, model: str, usage: Usage) -> int | None:
         """Return what ``usage`` of one model call costs in picodollars; None where no price says so.
 
-        Cached and audio tokens are part of the input, reasoning and audio tokens of the output, as upstreams count.
+        Cached, cache-writing and audio tokens are part of the input, reasoning and audio tokens of the output, as
+        upstreams count.
         """
         try:
             rates = self._found[upstream, model]
@@ -95,8 +103,9 @@ class PriceTable:
             return None
         cached = min(usage.cached_input_tokens, usage.input_tokens)
         heard = min(usage.audio_input_tokens, usage.input_tokens - cached)
-        cost = (usage.input_tokens - cached - heard) * rates.input
-        cost += cached * rates.cached_input + heard * rates.audio_input
+        kept = min(usage.cache_write_tokens, usage.input_tokens - cached - heard)
+        cost = (usage.input_tokens - cached - heard - kept) * rates.input
+        cost += cached * rates.cached_input + heard * rates.audio_input + kept * rates.cache_write
         thought = min(usage.reasoning_tokens, usage.output_tokens)
         spoken = min(usage.audio_output_tokens, usage.output_tokens - thought)
         for tokens, rate in (
@@ -109,6 +118,18 @@ class PriceTable:
                     return None
                 cost += tokens * rate
         return cost
+
+    def most(self, upstream: str, model: str, input_tokens: int, output_tokens: int) -> int:
+        """Return the cost of as many tokens if each were of the dearest kind; 0 where there is no price."""
+        try:
+            rates = self._found[upstream, model]
+        except KeyError:
+            rates = self._find(upstream, model)
+        if rates is None:
+            return 0
+        reading = max(rates.input, rates.cached_input, rates.cache_write, rates.audio_input)
+        writing = max(rates.output or 0, rates.reasoning or 0, rates.audio_output or 0)
+        return input_tokens * reading + output_tokens * writing
 
     def _find(self, upstream: str, model: str) -> _Rates | None:
         name = f"{upstream}/{model}"
@@ -157,11 +178,12 @@ def _rates(row: PriceRow) -> _Rates:
     full = rate(row.input, "input")
     assert full is not None, "a row has an input price"
     cached, heard = rate(row.cached_input, "cached_input"), rate(row.audio_input, "audio_input")
-    output = rate(row.output, "output")
+    written, output = rate(row.cache_write, "cache_write"), rate(row.output, "output")
     thought, spoken = rate(row.reasoning, "reasoning"), rate(row.audio_output, "audio_output")
     return _Rates(
         input=full,
         cached_input=full if cached is None else cached,
+        cache_write=full if written is None else written,
         audio_input=full if heard is None else heard,
         output=output,
         reasoning=output if thought is None else thought,

@@ -1,0 +1,1 @@
+"""What processes share and what outlives them: one SQL database, and Redis where it is configured."""
