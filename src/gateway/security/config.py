@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, date, datetime, time
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from gateway.config import Settings, load_yaml
 from gateway.errors import ConfigError
-from gateway.principal import Profile, Scope
+from gateway.principal import Allowance, Limits, Profile, Scope
+from gateway.security.issuers import JwtIssuer, check_issuers
 
 FILE = "security.yaml"
 
 
 class RateLimit(msgspec.Struct, frozen=True):
-    """Requests a key may send in a minute. Read, not yet enforced: loading says so."""
+    """Requests a key may send in a minute: another spelling of ``limits: {requests_per_minute: …}``."""
 
-    per_minute: int | None = None
+    per_minute: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
 
 class NamespaceDefaults(msgspec.Struct, frozen=True):
@@ -33,11 +34,20 @@ class NamespaceDefaults(msgspec.Struct, frozen=True):
 
 
 class SecurityDefaults(msgspec.Struct, frozen=True):
-    """What holds where a key, or a namespace, says nothing. ``allow_agents`` omitted means every model."""
+    """What holds where a key, or a namespace, says nothing. ``allow_agents`` omitted means every model.
+
+    ``allow_tools`` are patterns of gateway tools' names: omitted means none, the gateway's tools are denied by default.
+    ``limits`` are those of each key without its own, ``end_user_limits`` those of each end user of each such key.
+    ``namespace_limits`` hold for all keys of a namespace together.
+    """
 
     allow_agents: list[str] | None = None
+    allow_tools: list[str] = []
     hide_foreign_models: bool = False
     rate_limit: RateLimit | None = None
+    limits: Limits | None = None
+    end_user_limits: Limits | None = None
+    namespace_limits: dict[str, Limits] = {}
     local_tools_allowlist: list[str] = []
     dropin_module_allowlist: list[str] = []
     dropin_module_denylist: list[str] = []
@@ -48,7 +58,8 @@ class ApiKey(msgspec.Struct, frozen=True):
     """One key: ``hashed_key`` is the sha256 of it in hex; ``key``, the key itself, is accepted and warned about.
 
     ``allow_agents`` omitted inherits the defaults; an empty list reaches no model. ``expires_at`` is a date (its last
-    second counts) or a moment, UTC where it names no zone.
+    second counts) or a moment, UTC where it names no zone. ``limits`` and ``end_user_limits`` stand instead of the
+    defaults, whole: ``{}`` is no limit. ``allow_tools``, as ``allow_agents``, omitted inherits the defaults.
     """
 
     id: str
@@ -56,11 +67,21 @@ class ApiKey(msgspec.Struct, frozen=True):
     hashed_key: str | None = None
     description: str | None = None
     allow_agents: list[str] | None = None
+    allow_tools: list[str] | None = None
     scopes: tuple[Scope, ...] = ("chat",)
     profile: Profile = "openai"
     namespace: str = "default"
     rate_limit: RateLimit | None = None
+    limits: Limits | None = None
+    end_user_limits: Limits | None = None
     expires_at: Any = None
+
+
+class LimitProfile(msgspec.Struct, frozen=True):
+    """Limits with a name, for the tokens of an issuer; what is left out inherits the defaults."""
+
+    limits: Limits | None = None
+    end_user_limits: Limits | None = None
 
 
 class SecurityConfig(msgspec.Struct, frozen=True):
@@ -69,6 +90,8 @@ class SecurityConfig(msgspec.Struct, frozen=True):
     version: Literal[1] = 1
     default: SecurityDefaults = SecurityDefaults()
     api_keys: list[ApiKey] = []
+    jwt: list[JwtIssuer] = []
+    limit_profiles: dict[str, LimitProfile] = {}
 
 
 def load_security(settings: Settings) -> SecurityConfig:
@@ -85,7 +108,41 @@ def load_security(settings: Settings) -> SecurityConfig:
     for pattern in [*patterns, *(p for d in config.default.namespace_defaults.values() for p in d.allow_agents)]:
         if not pattern.isascii() or not pattern:
             raise ConfigError(f"{FILE}: the pattern {pattern!r} in allow_agents can match no model; ids are ASCII.")
+    check_issuers(config.jwt, config.limit_profiles, FILE)
     return config
+
+
+def allowance(
+    defaults: SecurityDefaults,
+    *,
+    namespace: str,
+    limits: Limits | None = None,
+    end_user_limits: Limits | None = None,
+    requests_per_minute: int | None = None,
+) -> Allowance | None:
+    """Return what a key may use, None for one without limits; ``limits`` and ``end_user_limits`` are its own, if any.
+
+    ``requests_per_minute`` holds where neither the key nor the defaults say anything.
+    """
+    own = limits or limits_of(defaults.limits, defaults.rate_limit, "default")
+    if own is None and requests_per_minute is not None:
+        own = Limits(requests_per_minute=requests_per_minute)
+    parts = own, defaults.namespace_limits.get(namespace), end_user_limits or defaults.end_user_limits
+    key, shared, end_user = (None if part is None or part.is_unlimited else part for part in parts)
+    return None if key is shared is end_user is None else Allowance(key=key, namespace=shared, end_user=end_user)
+
+
+def limits_of(limits: Limits | None, rate_limit: RateLimit | None, where: str) -> Limits | None:
+    """Return what the two spellings say together. Raises `ConfigError` where both say how many requests."""
+    if rate_limit is None or rate_limit.per_minute is None:
+        return limits
+    if limits is None:
+        return Limits(requests_per_minute=rate_limit.per_minute)
+    if limits.requests_per_minute is not None:
+        raise ConfigError(
+            f"{FILE}: {where} has both limits.requests_per_minute and rate_limit.per_minute; leave one of them."
+        )
+    return msgspec.structs.replace(limits, requests_per_minute=rate_limit.per_minute)
 
 
 def expiry(key: ApiKey) -> float | None:
@@ -117,8 +174,8 @@ def _check(key: ApiKey) -> None:
         raise ConfigError(f"{FILE}: the key '{key.id}' needs exactly one of 'hashed_key' (sha256 in hex) and 'key'.")
     if key.hashed_key is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", key.hashed_key):
         raise ConfigError(
-            f"{FILE}: hashed_key of '{key.id}' is not a sha256 in hex (64 digits). 'gateway keys new {key.id}' makes "
-            "a key and prints the lines for this file."
+            f"{FILE}: hashed_key of '{key.id}' is not a sha256 in hex (64 digits). "
+            f"'gateway keys create {key.id} --yaml' makes a key and prints the lines for this file."
         )
     if key.key is not None and (not key.key.strip() or key.key.startswith("${")):
         raise ConfigError(

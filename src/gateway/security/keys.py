@@ -7,25 +7,40 @@ import hmac
 import ipaddress
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from msgspec import Struct
 
 from gateway.config import Settings
-from gateway.errors import ConfigError, Unauthenticated
+from gateway.errors import ConfigError, StoreUnavailable, Unauthenticated
 from gateway.observability.logs import log_event
-from gateway.principal import Principal
-from gateway.security.config import FILE, ApiKey, SecurityConfig, SecurityDefaults, expiry, load_security
+from gateway.principal import Principal, Scope
+from gateway.security.config import (
+    FILE,
+    ApiKey,
+    SecurityConfig,
+    SecurityDefaults,
+    allowance,
+    expiry,
+    limits_of,
+    load_security,
+)
+from gateway.security.stored import PLAIN, StoredKey, stored_digest
+
+if TYPE_CHECKING:  # it imports PyJWT
+    from gateway.security.tokens import TokenVerifier
 
 DEV_KEY = "dev-secret"
 """The shipped key. Everybody knows it: honoured in development, for callers on this machine, and nowhere else."""
 
-_SOON_S = 7 * 86_400
+_DAY_S = 86_400
+_EVERY_SCOPE: frozenset[Scope] = frozenset({"chat", "admin", "metrics"})
 _LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
-_HOW = "'gateway keys new NAME' makes one and prints the lines for security.yaml."
+_HOW = "'gateway keys create NAME --yaml' makes one and prints the lines for security.yaml."
 
 _log = logging.getLogger("gateway.security")
 
@@ -46,12 +61,21 @@ class Caller(Struct, frozen=True):
     fetch_site: str | None = None
 
 
+class KnownKey(Struct, frozen=True):
+    """A key as its operator sees it: whose it is, and until when (epoch seconds; None: for ever)."""
+
+    principal: Principal
+    expires_at: float | None
+    is_stored: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class _Credential:
     principal: Principal
     digest: str
     expires_at: float | None = None
     local_only: bool = False
+    is_stored: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,46 +83,104 @@ class Keyring:
     """Every key of one configuration, by digest; holds no key itself.
 
     ``keyless`` is set in development when no key at all is configured: then callers on this machine need none.
+    ``pepper`` is what the store's digests are made with. ``is_complete`` is False while the store has not been read:
+    a key that is unknown then may be one of its. ``tokens`` verifies what issuers sign; None where there are none.
     """
 
     credentials: Mapping[str, _Credential]
     keyless: bool
     defaults: SecurityDefaults
+    pepper: str | None = None
+    is_complete: bool = True
+    tokens: TokenVerifier | None = None
 
     @classmethod
-    def load(cls, settings: Settings, drop_in_key: str | None = None) -> Keyring:
+    def load(
+        cls, settings: Settings, drop_in_key: str | None = None, stored: Sequence[StoredKey] | None = ()
+    ) -> Keyring:
         """Read `security.yaml` and the environment's keys; ``drop_in_key`` is what clients made by drop-ins show.
 
-        Raises `ConfigError` for a wrong file, and in production when no key is left that a caller could use.
+        ``stored`` are the keys made at run time, None as long as nobody knows them. Raises `ConfigError` for a wrong
+        file, and in production when no key is left that a caller could use.
         """
-        return cls.build(load_security(settings), settings, drop_in_key)
+        return cls.build(load_security(settings), settings, drop_in_key, stored)
 
     @classmethod
-    def build(cls, config: SecurityConfig, settings: Settings, drop_in_key: str | None = None) -> Keyring:
-        """Make the keyring of a configuration; see `load`."""
-        found = [_credential(key, config.default) for key in config.api_keys]
+    def build(
+        cls,
+        config: SecurityConfig,
+        settings: Settings,
+        drop_in_key: str | None = None,
+        stored: Sequence[StoredKey] | None = (),
+        *,
+        must_be_usable: bool = True,
+        tokens: TokenVerifier | None = None,
+    ) -> Keyring:
+        """Make the keyring of a configuration; see `load`.
+
+        Without ``must_be_usable`` a keyring that lets nobody in is one, too: a revocation always counts. ``tokens`` is
+        for the issuers of the configuration.
+        """
+        per_minute = settings.rate_limit_per_minute
+        found = [_credential(key, config.default, per_minute) for key in config.api_keys]
+        default = allowance(config.default, namespace="default", requests_per_minute=per_minute)
         if settings.api_key is not None:
-            found.append(_Credential(_admin("env"), digest(settings.api_key)))
-        keyless = settings.is_development and not found
+            found.append(_Credential(replace(_admin("env"), allowance=default), digest(settings.api_key)))
+        is_made = stored is None or any(key.revoked_at is None for key in stored)
+        keyless = settings.is_development and not found and not is_made and not config.jwt
         if keyless:
-            found.append(_Credential(_admin("dev"), digest(DEV_KEY)))
+            found.append(_Credential(replace(_admin("dev"), allowance=default), digest(DEV_KEY)))
         if settings.metrics_token is not None:
             scraper = Principal(id="metrics-token", key_id="metrics-token", allow=(), scopes=frozenset({"metrics"}))
             found.append(_Credential(scraper, digest(settings.metrics_token)))
         credentials: dict[str, _Credential] = {}
+        taken: set[str] = set()
         for credential in found:
-            _add(credentials, credential, settings)
-        _require_usable(credentials, settings)
-        _warn(config, credentials, keyless)
+            _add(credentials, taken, credential, settings)
+        _add_stored(credentials, stored or (), config.default, per_minute)
+        if must_be_usable:
+            if stored is not None and not config.jwt:
+                _require_usable(credentials, settings)
+            _warn(config, credentials, keyless)
         if drop_in_key is not None:
             shown = digest(drop_in_key)
             credentials[shown] = _Credential(_DROP_IN, shown, local_only=True)
-        return cls(credentials, keyless, config.default)
+        return cls(credentials, keyless, config.default, settings.key_pepper, stored is not None, tokens)
 
     @property
     def hide_foreign_models(self) -> bool:
         """Whether a model outside a key's reach answers 404 instead of 403."""
         return self.defaults.hide_foreign_models
+
+    def list_keys(self) -> list[KnownKey]:
+        """Return every key that callers may have, by id; not the one that drop-ins are given."""
+        known = {
+            found.principal.key_id: KnownKey(found.principal, found.expires_at, found.is_stored)
+            for found in reversed(list(self.credentials.values()))  # a rotated key's newer secret comes first
+        }
+        return sorted(
+            (key for key in known.values() if not key.principal.is_drop_in), key=lambda key: key.principal.key_id
+        )
+
+    def honoured(self) -> Callable[[Principal], bool]:
+        """Return what says whether a caller who was let in still is.
+
+        By it, streams of revoked and expired keys end, and of tokens that expired.
+        """
+        now = time.time()
+        ids = {
+            found.principal.key_id
+            for found in self.credentials.values()
+            if found.expires_at is None or found.expires_at > now
+        }
+        keyless, tokens = self.keyless, self.tokens
+
+        def is_honoured(caller: Principal) -> bool:
+            if caller.issuer is not None:
+                return tokens is not None and tokens.honours(caller, now)
+            return caller.key_id in ids or caller.is_drop_in or (keyless and caller is _KEYLESS)
+
+        return is_honoured
 
     def authenticate(self, caller: Caller) -> Principal:
         """Return the principal behind a request, or raise `Unauthenticated`."""
@@ -107,8 +189,20 @@ class Keyring:
             if self.keyless and _is_local(caller):
                 return _KEYLESS
             raise Unauthenticated(_no_key_message(keyless=self.keyless))
-        shown = hashlib.sha256(key.encode("latin-1", "replace")).hexdigest()  # the bytes that came: headers are latin-1
+        given = key.encode("latin-1", "replace")  # the bytes that came: headers are latin-1
+        shown = hashlib.sha256(given).hexdigest()
         credential = self.credentials.get(shown)
+        if credential is None and self.tokens is not None and key.count(".") == 2:  # the shape of a token
+            return self.tokens.authenticate(key, shown, caller.peer)
+        if credential is None and self.pepper is not None:
+            peppered = stored_digest(given, self.pepper)
+            credential = self.credentials.get(peppered)
+            shown = peppered if credential is not None else shown
+        if credential is None and not self.is_complete:
+            raise StoreUnavailable(
+                "The gateway has not been able to read its keys yet; send the request again in a moment.",
+                retry_after_s=1,
+            )
         if credential is None or not hmac.compare_digest(credential.digest, shown):
             log_event(_log, "api_key.rejected", level=logging.WARNING, digest_prefix=shown[:12], client_ip=caller.peer)
             raise Unauthenticated(
@@ -137,22 +231,35 @@ _DEV_DIGEST = digest(DEV_KEY)
 
 
 def _admin(key_id: str) -> Principal:
-    return Principal(id=key_id, key_id=key_id, allow=("*",), scopes=frozenset({"chat", "admin", "metrics"}))
+    return Principal(id=key_id, key_id=key_id, allow=("*",), allow_tools=("*",), scopes=_EVERY_SCOPE)
 
 
 _KEYLESS = _admin("development")
 _DROP_IN = Principal(id="drop-in", key_id="drop-in", allow=(), is_drop_in=True)
 
 
-def _credential(key: ApiKey, defaults: SecurityDefaults) -> _Credential:
-    principal = Principal(
+def _principal(key: ApiKey, defaults: SecurityDefaults, requests_per_minute: int | None) -> Principal:
+    return Principal(
         id=key.id,
         key_id=key.id,
-        allow=tuple(dict.fromkeys(_patterns(key, defaults))),
+        allow=_patterns(key, defaults),
+        allow_by_namespace=_namespace_patterns(key, defaults),
+        allow_tools=tuple(defaults.allow_tools if key.allow_tools is None else key.allow_tools),
         scopes=frozenset(key.scopes),
         namespace=key.namespace,
         profile=key.profile,
+        allowance=allowance(
+            defaults,
+            namespace=key.namespace,
+            limits=limits_of(key.limits, key.rate_limit, f"the key '{key.id}'"),
+            end_user_limits=key.end_user_limits,
+            requests_per_minute=requests_per_minute,
+        ),
     )
+
+
+def _credential(key: ApiKey, defaults: SecurityDefaults, requests_per_minute: int | None) -> _Credential:
+    principal = _principal(key, defaults, requests_per_minute)
     if key.key is not None:
         stored = digest(key.key)
         log_event(
@@ -168,11 +275,17 @@ def _credential(key: ApiKey, defaults: SecurityDefaults) -> _Credential:
     return _Credential(principal, stored, expiry(key))
 
 
-def _patterns(key: ApiKey, defaults: SecurityDefaults) -> list[str]:
-    """A key's own list stands alone. Without one: the default list, and what each namespace gives to everybody."""
+def _patterns(key: ApiKey, defaults: SecurityDefaults) -> tuple[str, ...]:
+    """A key's own list, else the default one, else everything."""
+    patterns = key.allow_agents if key.allow_agents is not None else defaults.allow_agents
+    return tuple(dict.fromkeys(patterns)) if patterns is not None else ("*",)
+
+
+def _namespace_patterns(key: ApiKey, defaults: SecurityDefaults) -> tuple[str, ...]:
+    """What each namespace gives to everybody without a list of its own; a key's own list stands alone."""
     if key.allow_agents is not None:
-        return key.allow_agents
-    patterns = list(defaults.allow_agents) if defaults.allow_agents is not None else ["*"]
+        return ()
+    patterns = []
     for namespace, given in defaults.namespace_defaults.items():
         for pattern in given.allow_agents:
             own = pattern if "/" in pattern else f"{namespace}/{pattern}"
@@ -182,10 +295,10 @@ def _patterns(key: ApiKey, defaults: SecurityDefaults) -> list[str]:
                     f"another namespace. Write '{namespace}/…', or move the pattern to default.allow_agents."
                 )
             patterns.append(own)
-    return patterns
+    return tuple(dict.fromkeys(patterns))
 
 
-def _add(credentials: dict[str, _Credential], credential: _Credential, settings: Settings) -> None:
+def _add(credentials: dict[str, _Credential], taken: set[str], credential: _Credential, settings: Settings) -> None:
     key_id = credential.principal.key_id
     if credential.digest == _DEV_DIGEST:
         if not settings.is_development:
@@ -201,9 +314,50 @@ def _add(credentials: dict[str, _Credential], credential: _Credential, settings:
     twin = credentials.get(credential.digest)
     if twin is not None:
         raise ConfigError(f"The keys '{twin.principal.key_id}' and '{key_id}' are the same key; give each its own.")
-    if any(other.principal.key_id == key_id for other in credentials.values()):
+    if key_id in taken:
         raise ConfigError(f"{FILE}: the key id '{key_id}' is taken by a key of the environment; choose another.")
     credentials[credential.digest] = credential
+    taken.add(key_id)
+
+
+def _add_stored(
+    credentials: dict[str, _Credential],
+    stored: Sequence[StoredKey],
+    defaults: SecurityDefaults,
+    requests_per_minute: int | None,
+) -> None:
+    """Add the keys made at run time. A file that takes the id of one wins: the file is what its owner sees."""
+    taken = {credential.principal.key_id for credential in credentials.values()}
+    now = time.time()
+    for key in stored:
+        digests = key.digests(now)
+        if digests and key.id in taken:
+            log_event(
+                _log,
+                "api_key.shadowed",
+                level=logging.WARNING,
+                message=f"The stored key '{key.id}' is not honoured: {FILE} or the environment has one of that id.",
+                key_id=key.id,
+            )
+            continue
+        options = key.options
+        principal = _principal(
+            ApiKey(
+                id=key.id,
+                allow_agents=options.allow_agents,
+                allow_tools=options.allow_tools,
+                scopes=options.scopes,
+                profile=options.profile,
+                namespace=options.namespace,
+                limits=options.limits,
+                end_user_limits=options.end_user_limits,
+            ),
+            defaults,
+            requests_per_minute,
+        )
+        for kept, until in digests:
+            found = kept.removeprefix(f"{PLAIN}:")
+            credentials[found] = _Credential(principal, found, until, is_stored=True)
 
 
 def _require_usable(credentials: Mapping[str, _Credential], settings: Settings) -> None:
@@ -223,24 +377,8 @@ def _require_usable(credentials: Mapping[str, _Credential], settings: Settings) 
 def _warn(config: SecurityConfig, credentials: Mapping[str, _Credential], keyless: bool) -> None:
     now = time.time()
     for credential in credentials.values():
-        if credential.expires_at is not None and credential.expires_at - now <= _SOON_S:
-            days = (credential.expires_at - now) / 86_400
-            log_event(
-                _log,
-                "api_key.expiring",
-                level=logging.WARNING,
-                message=f"The key '{credential.principal.key_id}' "
-                + (f"expires in {days:.1f} days." if days > 0 else "has expired."),
-                key_id=credential.principal.key_id,
-                days_left=round(days, 2),
-            )
-    if config.default.rate_limit or any(key.rate_limit for key in config.api_keys):
-        log_event(
-            _log,
-            "security.rate_limit.unenforced",
-            level=logging.WARNING,
-            message=f"{FILE} sets rate_limit, which this version reads but does not enforce.",
-        )
+        if credential.expires_at is not None and not credential.is_stored:
+            _remind(credential.principal.key_id, credential.expires_at, now)
     if keyless:
         log_event(
             _log,
@@ -248,6 +386,39 @@ def _warn(config: SecurityConfig, credentials: Mapping[str, _Credential], keyles
             level=logging.WARNING,
             message=f"No API key is configured: callers on this machine need none, others are refused. {_HOW}",
         )
+
+
+class ExpiryReminder:
+    """Says once a day of every key that it expires within a week; what the start has said already is ``said``."""
+
+    def __init__(self, said: Keyring) -> None:
+        now = time.time()
+        self._said = {key.principal.key_id: now for key in said.list_keys() if not key.is_stored}
+
+    def remind(self, keyring: Keyring) -> None:
+        """Say what has not been said for a day."""
+        now = time.time()
+        for key in keyring.list_keys():
+            key_id = key.principal.key_id
+            if key.expires_at is None or key.expires_at <= now or now - self._said.get(key_id, 0.0) < _DAY_S:
+                continue
+            if _remind(key_id, key.expires_at, now):
+                self._said[key_id] = now
+
+
+def _remind(key_id: str, expires_at: float, now: float) -> bool:
+    days = (expires_at - now) / 86_400
+    if days > 7:
+        return False
+    log_event(
+        _log,
+        "api_key.expiring",
+        level=logging.WARNING,
+        message=f"The key '{key_id}' " + (f"expires in {days:.1f} days." if days > 0 else "has expired."),
+        key_id=key_id,
+        days_left=round(days, 2),
+    )
+    return True
 
 
 def _shown_key(caller: Caller) -> str | None:
@@ -298,7 +469,14 @@ def _is_local(caller: Caller) -> bool:
         return False
     if caller.fetch_site is not None and caller.fetch_site not in ("same-origin", "none"):
         return False
-    return caller.origin is None or _is_local_host(urlsplit(caller.origin).netloc)
+    return caller.origin is None or _is_local_host(_netloc(caller.origin))
+
+
+def _netloc(origin: str) -> str:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:  # no address at all
+        return ""
 
 
 @lru_cache(maxsize=256)
