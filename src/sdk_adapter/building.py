@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 from agents import Agent
 
@@ -22,8 +21,7 @@ from sdk_adapter.diagnosis import diagnose, explain, label
 from sdk_adapter.exports import Export, call_factory, check_agent, find_exports, read_options
 from sdk_adapter.importing import importing
 from sdk_adapter.modules import DropInFinder, Generation, ModuleBlocked, SourceChanged
-
-T = TypeVar("T")
+from sdk_adapter.threads import run_in_thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,40 +102,6 @@ def timed_out(dropin: DropIn, timeout_s: float, file: str | None = None, line: i
         file=file,
         line=line,
     )
-
-
-async def run_in_thread(work: Callable[[], T]) -> T:
-    """Run ``work`` in a daemon thread of its own and await it: a thread that hangs holds up nobody, not even the exit.
-
-    A `BaseException` raised by ``work`` reaches the caller as it is, except the two that would end the loop.
-    """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-    context = contextvars.copy_context()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if done.cancelled():
-            return
-        if error is not None:
-            done.set_exception(error)
-        else:
-            done.set_result(result)  # type: ignore[arg-type]
-
-    def target() -> None:
-        result: T | None = None
-        error: BaseException | None = None
-        try:
-            result = context.run(work)
-        except (SystemExit, KeyboardInterrupt, StopIteration) as raised:
-            error = RuntimeError(f"{type(raised).__name__} in a worker thread")
-            error.__cause__ = raised
-        except BaseException as raised:  # noqa: BLE001 - whatever it is, it belongs to the caller
-            error = raised
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, result, error)
-
-    threading.Thread(target=target, name="drop-in import", daemon=True).start()
-    return await done
 
 
 def _standing(threads: list[int], generation: Generation) -> tuple[str | None, int | None]:

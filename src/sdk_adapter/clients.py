@@ -23,6 +23,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from gateway.errors import UpstreamError, UpstreamIncomplete, UpstreamMalformed
 from gateway.events import FinishReason, Usage
+from gateway.limits.run_budget import OpenCall
+from gateway.reserving import candidates, worst_case
 from gateway.routing.routed import RoutedUpstream
 from gateway.usage.estimate import estimate_usage
 from gateway.usage.prices import reported_cost
@@ -55,6 +57,7 @@ class CallRecord:
 
     __slots__ = (
         "_answered",
+        "_call",
         "_closed",
         "_level",
         "_model",
@@ -71,14 +74,31 @@ class CallRecord:
         self._request_bytes = self._text_chars = 0
         self._usage: Usage | None = None
         self._answered = self._closed = False
+        self._call: OpenCall | None = None
         self.finish_reason: FinishReason | None = None
 
-    def asked(self, model: str, request_bytes: int) -> None:
-        """Start a call (a record serves the calls of one model object, one after the other)."""
+    async def ask(self, model: str, request_bytes: int, output_tokens: object) -> None:
+        """Start a call (a record serves the calls of one model object, one after the other), and reserve for it.
+
+        ``output_tokens`` is the most it may write, where the request says so. Raises as `RunBudget.begin_call` does.
+        """
         self._model = model
         self._request_bytes, self._text_chars, self._usage = request_bytes, 0, None
         self._answered = self._closed = False
         self.finish_reason = None
+        self._release()
+        if self._level is None:
+            return
+        scope = self._level.scope
+        promised = output_tokens if isinstance(output_tokens, int) else None
+        estimate = worst_case(
+            scope.meter,
+            candidates(self._upstream, model),
+            request_bytes,
+            promised or scope.budget.output_tokens,
+            is_promised=promised is not None,
+        )
+        self._call = await _run_at_home(self._level, scope.budget.begin_call(estimate))
 
     def finished(self, reason: str | None) -> None:
         """Note how the answer ended."""
@@ -99,14 +119,23 @@ class CallRecord:
 
     def close(self) -> None:
         """Account for the call."""
-        if self._closed or not self._answered:
+        if self._closed:
+            return
+        if not self._answered:
+            self._release()
             return
         self._closed = True
         if self._level is not None:
             usage = self._usage or estimate_usage(self._request_bytes, self._text_chars)
             target = self._upstream
             upstream, model = target.served if isinstance(target, RoutedUpstream) else (target.name, self._model)
-            self._level.scope.charge(usage, upstream, model)
+            lost = target.lost if isinstance(target, RoutedUpstream) else None
+            self._level.scope.charge(usage, upstream, model, self._call, lost)
+
+    def _release(self) -> None:
+        call, self._call = self._call, None
+        if call is not None and self._level is not None:
+            self._level.scope.at_home(call.release)
 
 
 class UpstreamClient:
@@ -146,7 +175,9 @@ class _ChatCompletions:
         _name_participants(kwargs["messages"])
         body, arguments = _encode_request(kwargs, self._level)
         _refuse_query(kwargs)
-        self._record.asked(str(kwargs["model"]), len(body))
+        written = kwargs.get("max_completion_tokens")
+        written = kwargs.get("max_tokens") if _is_absent(written) else written
+        await self._record.ask(str(kwargs["model"]), len(body), written)
         if kwargs.get("stream") is True:
             return self._chunks(_at_home(self._level, self._upstream.chat_stream(body, **arguments)))
         data = await _run_at_home(self._level, self._upstream.chat(body, **arguments))
@@ -200,7 +231,7 @@ class _Responses:
         _move_response_format(kwargs)
         body, arguments = _encode_request(kwargs, self._level)
         path = "/responses" + _query(kwargs)
-        self._record.asked(str(kwargs["model"]), len(body))
+        await self._record.ask(str(kwargs["model"]), len(body), kwargs.get("max_output_tokens"))
         if kwargs.get("stream") is True:
             return self._events(_at_home(self._level, self._upstream.stream(path, body, **arguments)))
         data = await _run_at_home(self._level, self._upstream.post(path, body, **arguments))
@@ -398,6 +429,8 @@ def _usage(usage: Any, read: int | None, written: int | None, reading: str, writ
         audio_output_tokens=_detail(usage, f"{writing}_tokens_details", "audio_tokens"),
         cost=cost,
         cost_reported=cost is not None,
+        cache_write_tokens=getattr(usage, "cache_creation_input_tokens", None)
+        or _detail(usage, f"{reading}_tokens_details", "cache_write_tokens"),
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from agents import Agent, Handoff, Model, handoff
 from agents.models.default_models import get_default_model_settings
 
+from sdk_adapter.gateway_tools import bound_tools
 from sdk_adapter.guarding import judged_off_the_loop
 from sdk_adapter.instrument import rebound_handoff
 from sdk_adapter.models import GatewayModel
@@ -44,7 +45,7 @@ class RunClones:
         if known is not None:
             return known[1]
         changes: dict[str, Any] = {
-            "tools": list(agent.tools),
+            "tools": bound_tools(agent.tools, self._level),
             "handoffs": [self._bind(item) for item in agent.handoffs],
             "instructions": off_the_loop(agent.instructions),
             "input_guardrails": [judged_off_the_loop(item) for item in agent.input_guardrails],
@@ -65,6 +66,8 @@ class RunClones:
 
         async def on_invoke(context: Any, arguments: str) -> Any:
             target = await invoke(context, arguments)
+            if self._level is not None:
+                self._level.scope.authorize(target)
             return self.clone_of(target) if isinstance(target, Agent) else target
 
         return rebound_handoff(original, on_invoke)

@@ -7,6 +7,7 @@ from typing import Any
 from agents import Agent, ModelSettings
 
 from gateway.registry.loading import Declaration
+from sdk_adapter.gateway_tools import gateway_tool
 
 
 def build_declared(declaration: Declaration) -> Agent[Any]:
@@ -17,5 +18,6 @@ def build_declared(declaration: Declaration) -> Agent[Any]:
         handoff_description=options.description,
         instructions=declaration.instructions,
         model=options.model,
+        tools=[gateway_tool(name) for name in declaration.tools],
         model_settings=ModelSettings(tool_choice=declaration.tool_choice),
     )

@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
+import sys
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,9 +21,12 @@ from agents.items import ToolApprovalItem
 from agents.stream_events import StreamEvent
 
 from gateway.chat import ChatRequest
+from gateway.config import Settings
 from gateway.errors import GatewayError, ServiceUnavailable
 from gateway.events import FinishReason, RunEvent, RunFinished
-from gateway.observability.logs import log_event
+from gateway.limits.rules import nanodollars_of
+from gateway.limits.run_budget import RunBudget, RunCaps
+from gateway.observability.logs import log_context, log_event
 from gateway.registry.entry import AgentOptions
 from gateway.routing.routed import RoutedUpstream
 from gateway.run import Run
@@ -30,6 +35,7 @@ from sdk_adapter.client_tools import ClientTool, TurnMemory, client_tools_of, fi
 from sdk_adapter.cloning import RunClones, with_model
 from sdk_adapter.context import GatewayContext
 from sdk_adapter.failures import EarlyEnd, as_gateway_error, early_end, root_cause
+from sdk_adapter.gateway_tools import bound_tools, require_tools
 from sdk_adapter.guarding import Gate, InputVerdict
 from sdk_adapter.instrument import Survey, observe_tools, survey
 from sdk_adapter.mcp_servers import McpServers, shown_name
@@ -38,13 +44,14 @@ from sdk_adapter.models import GatewayProvider
 from sdk_adapter.request_settings import RequestSettings
 from sdk_adapter.scope import MODEL_CALLS_PER_TURN, Level, RunScope, ToolStatus, enter_level
 from sdk_adapter.services import AdapterServices
-from sdk_adapter.tracing import nobody_listens
+from sdk_adapter.tracing import content_is_wanted, nobody_listens
 from sdk_adapter.translation import EventTranslator
 
 __all__ = ["AdapterServices", "AgentExecutor", "PreparedAgent", "prepare_agent"]
 
 _log = logging.getLogger("gateway.sdk_agent")
 
+_NOTHING: Mapping[int, str] = {}
 _CLOSE_S = 5.0
 """How long a cancelled run may take to put its things away."""
 
@@ -55,7 +62,8 @@ class PreparedAgent:
 
     ``models`` holds every reachable agent's name with the model name its author wrote (None: the default).
     ``hosted_tools`` need an upstream that serves them; ``host_tools`` would act on the gateway's machine.
-    ``duplicate_tools`` are pairs of agent and tool name, ``problems`` of agent and a mistake that fails every run.
+    ``duplicate_tools`` and ``gateway_tools`` (those of `tools.yaml`) are pairs of agent and tool name, ``problems`` of
+    agent and a mistake that fails every run.
     ``tools`` are those of the entry agent.
     """
 
@@ -66,21 +74,32 @@ class PreparedAgent:
     host_tools: tuple[tuple[str, str], ...]
     brings_own_model: tuple[str, ...]
     duplicate_tools: tuple[tuple[str, str], ...]
+    gateway_tools: tuple[tuple[str, str], ...]
     output_guardrails: bool
     mcp_servers: tuple[str, ...]
     problems: tuple[tuple[str, str], ...]
 
 
-def prepare_agent(agent: Any, *, agent_id: str, options: AgentOptions, services: AdapterServices) -> PreparedAgent:
+def prepare_agent(
+    agent: Any,
+    *,
+    agent_id: str,
+    options: AgentOptions,
+    services: AdapterServices,
+    published: Mapping[int, str] = _NOTHING,
+) -> PreparedAgent:
     """Instrument an agent and everything it reaches, in place, and return what will execute it.
 
+    ``published`` has the model ids of all agents of the drop-in, by the `id` of the object.
     Raises `TypeError` for what is not an SDK agent. Connects to nothing: `AgentExecutor.open` does.
     """
     if not isinstance(agent, Agent):
         raise TypeError(f"expected an agents.Agent, got {type(agent).__name__}")
     entry = with_model(agent, options.model) if options.model and not isinstance(agent.model, Model) else agent
     seen = survey(entry)
-    executor = AgentExecutor(agent, entry, agent_id=agent_id, options=options, services=services, seen=seen)
+    executor = AgentExecutor(
+        agent, entry, agent_id=agent_id, options=options, services=services, seen=seen, published=published
+    )
     return PreparedAgent(
         executor=executor,
         tools=tuple(tool.name for tool in entry.tools),
@@ -89,6 +108,7 @@ def prepare_agent(agent: Any, *, agent_id: str, options: AgentOptions, services:
         host_tools=seen.host_tools,
         brings_own_model=seen.brings_own_model,
         duplicate_tools=seen.duplicate_tools,
+        gateway_tools=seen.gateway_tools,
         output_guardrails=seen.output_guardrails,
         mcp_servers=tuple(shown_name(server) for server in seen.mcp_servers),
         problems=seen.problems,
@@ -107,15 +127,19 @@ class AgentExecutor:
         options: AgentOptions,
         services: AdapterServices,
         seen: Survey,
+        published: Mapping[int, str] = _NOTHING,
     ) -> None:
+        self._published = published
         self._agent, self._entry = agent, entry
         self._agent_id, self._options, self._services = agent_id, options, services
         self._max_turns = options.max_turns or services.settings.agent_max_turns
+        self._caps = _caps(services.settings, options, self._max_turns)
         self._must_guard = seen.output_guardrails
         self._guarded = options.stream_mode == "guarded" or (options.stream_mode == "auto" and seen.output_guardrails)
         self._provider = GatewayProvider(services.upstreams)
         self._turns = TurnMemory()
         self._mcp = McpServers(seen.mcp_servers, agent_id=agent_id)
+        self._reached, self._needs_tools = seen.agents, bool(seen.gateway_tools)
         self._running = 0
         self._idle = asyncio.Event()
         self._closed = False
@@ -164,16 +188,27 @@ class AgentExecutor:
     def _answer(self, run: Run, request: ChatRequest) -> _Answer:
         """Judge the request against this agent; everything that can be refused is refused here."""
         tools = client_tools_of(request, self._options.client_tools, run.principal)
+        if self._needs_tools and self._services.tools is not None:
+            require_tools(self._reached, self._services.tools, run.principal, run.model)
         scope = RunScope(
             run=run,
             table=self._services.upstreams(),
             loop=asyncio.get_running_loop(),
-            model_call_limit=self._max_turns * MODEL_CALLS_PER_TURN,
-            observe=self._observe,
+            budget=RunBudget(
+                self._caps,
+                run.reservation,
+                output_tokens=self._services.settings.reserved_output_tokens,
+                deadline_s=run.deadline_s,
+            ),
+            observe=functools.partial(self._observe, run),
             upstream=run.upstream or self._options.upstream,
             default_model=self._options.model,
             max_tool_hops=self._options.max_tool_hops,
             meter=self._services.meter(),
+            tools=self._services.tools,
+            access=self._services.access(),
+            hides_foreign_models=self._services.hides_foreign_models(),
+            published=self._published,
         )
         level = Level(scope, client_tools=frozenset(tool.name for tool in tools))
         settings = RequestSettings(request, self._options.max_completion_tokens)
@@ -181,7 +216,7 @@ class AgentExecutor:
         verdict = InputVerdict(self._entry.input_guardrails if waits else [])
 
         def customise(agent: Agent[Any]) -> dict[str, Any]:
-            return self._changes(agent, settings, tools, verdict)
+            return self._changes(agent, level, settings, tools, verdict)
 
         clones = RunClones(level, customise)
         items = items_of(request.messages, self._turns.of(run.principal.key_id))
@@ -199,7 +234,7 @@ class AgentExecutor:
                 workflow_name=self._agent_id,
                 group_id=run.session_id,
                 trace_metadata={"request_id": run.request_id, "run_id": run.id.hex},
-                trace_include_sensitive_data=False,
+                trace_include_sensitive_data=content_is_wanted(),
                 tracing_disabled=nobody_listens(),
                 tool_not_found_behavior="return_error_to_model",
             ),
@@ -210,12 +245,17 @@ class AgentExecutor:
         )
 
     def _changes(
-        self, agent: Agent[Any], settings: RequestSettings, tools: tuple[ClientTool, ...], verdict: InputVerdict
+        self,
+        agent: Agent[Any],
+        level: Level,
+        settings: RequestSettings,
+        tools: tuple[ClientTool, ...],
+        verdict: InputVerdict,
     ) -> dict[str, Any]:
         entry = agent is self._entry
         changes: dict[str, Any] = {"model_settings": settings.over(agent, entry=entry)}
         if fitting := fitting_tools(tools, agent):
-            changes["tools"] = [*agent.tools, *fitting]
+            changes["tools"] = [*bound_tools(agent.tools, level), *fitting]
         if entry and settings.tool_choice is not None:
             # Without the reset, a forced tool would be called again in every turn.
             changes["reset_tool_choice"] = True
@@ -223,7 +263,7 @@ class AgentExecutor:
             changes["input_guardrails"] = verdict.watched
         return changes
 
-    def _observe(self, tool: str, provider: str, agent: str, status: ToolStatus, seconds: float) -> None:
+    def _observe(self, run: Run, tool: str, provider: str, agent: str, status: ToolStatus, seconds: float) -> None:
         self._services.metrics.tool_invoked(tool, provider, "sdk", status, seconds)
         log_event(
             _log,
@@ -235,6 +275,8 @@ class AgentExecutor:
             status=status,
             agent=agent,
             agent_id=self._agent_id,
+            run_id=run.id.hex,
+            key_id=run.principal.key_id,
             duration_ms=round(seconds * 1000, 2),
         )
 
@@ -259,6 +301,8 @@ class _Answer:
         name = "sdk_agent.stream" if self.run.streamed else "sdk_agent"
         started = time.perf_counter()
         first = True
+        if (line := log_context()) is not None:
+            line.agent_id = self.run.model
         log_event(_log, f"{name}.start", **self._log_fields())
         try:
             async with aclosing(self._streamed() if self.run.streamed else self._whole()) as events:
@@ -363,7 +407,7 @@ class _Answer:
 
     def _usage(self) -> Any:
         scope = self.level.scope
-        return scope.usage if scope.model_calls else None
+        return scope.usage if scope.budget.model_calls else None
 
     def _log_fields(self) -> dict[str, Any]:
         return {"run_id": self.run.id.hex, "agent_id": self.run.model}
@@ -397,6 +441,25 @@ async def _stopped(result: RunResultStreaming) -> None:
     if not result.is_complete:
         result.cancel()
     await asyncio.wait((task,), timeout=_CLOSE_S)
+
+
+def _caps(settings: Settings, options: AgentOptions, max_turns: int) -> RunCaps:
+    """Return the lower of what the settings and the agent say; ten model calls a turn where neither says how many."""
+    usual = max_turns * MODEL_CALLS_PER_TURN if options.max_model_calls is None else sys.maxsize
+    shared = RunCaps(
+        depth=settings.run_max_depth,
+        model_calls=settings.run_max_model_calls or usual,
+        tool_calls=settings.run_max_tool_calls,
+        tokens=settings.run_max_tokens,
+        nanodollars=nanodollars_of(settings.run_max_cost_usd),
+    )
+    return shared.lowered(
+        depth=options.max_depth,
+        model_calls=options.max_model_calls,
+        tool_calls=options.max_tool_calls,
+        tokens=options.max_total_tokens,
+        nanodollars=None if options.max_cost_usd is None else nanodollars_of(options.max_cost_usd),
+    )
 
 
 def _since(started: float) -> float:

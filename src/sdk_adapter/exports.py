@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from types import FunctionType, MappingProxyType, MethodType, ModuleType
@@ -225,8 +226,8 @@ _REFUSED_OPTIONS = {
         "Remove it, and set allow_agents of the keys in security.yaml.",
     ),
     "tools": (
-        "__gateway__['tools'] names gateway tools, and this gateway has no tool manager to resolve them.",
-        "Remove it, and give the agent its tools in code: Agent(tools=[...]).",
+        "__gateway__['tools'] is not served: an agent in Python names its tools itself.",
+        "Remove it, and write Agent(tools=[gateway_tool('name'), ...]), from sdk_adapter.gateway_tools.",
     ),
 }
 
@@ -389,10 +390,15 @@ _VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
 _KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 
 
+_POSITIVE = frozenset(
+    {"max_turns", "max_completion_tokens", "timeout_s", "max_model_calls", "max_total_tokens", "max_cost_usd"}
+)
+
+
 def _range_problem(name: str, value: Any) -> str | None:
-    if name in ("max_turns", "max_completion_tokens", "timeout_s") and value is not None and not value > 0:
+    if name in _POSITIVE and value is not None and not 0 < value < math.inf:
         return "it must be greater than 0"
-    if name == "max_tool_hops" and value is not None and value < 0:
+    if name in ("max_tool_hops", "max_depth", "max_tool_calls") and value is not None and value < 0:
         return "it must be 0 or more"
     if name == "namespace" and value is not None and slugify(value) != value:
         return f"write it as '{slugify(value) or 'name'}' (lower-case letters, digits and '-')"

@@ -38,8 +38,10 @@ from agents import (
 from agents.mcp import MCPServer
 from agents.tool import CustomTool, ProgrammaticToolCallingTool, Tool, ToolSearchTool
 
+from gateway.observability.logs import bind_tool
+from sdk_adapter.gateway_tools import gateway_tool_names, is_gateway_tool
 from sdk_adapter.guarding import judged_off_the_loop
-from sdk_adapter.scope import ToolStatus, current_level
+from sdk_adapter.scope import ToolStatus, count_tool_call, current_level
 
 _HOSTED: tuple[tuple[type[Any], str], ...] = (
     (WebSearchTool, "web_search"),
@@ -74,6 +76,7 @@ class Survey:
     hosted_tools: tuple[tuple[str, str], ...]
     host_tools: tuple[tuple[str, str], ...]
     duplicate_tools: tuple[tuple[str, str], ...]
+    gateway_tools: tuple[tuple[str, str], ...]
     mcp_servers: tuple[MCPServer, ...]
     output_guardrails: bool
     problems: tuple[tuple[str, str], ...]
@@ -103,6 +106,7 @@ def survey(entry: Agent[Any]) -> Survey:
         hosted_tools=tuple((a.name, kind) for a in agents for kind in _hosted_kinds(a)),
         host_tools=tuple((a.name, kind) for a in agents for tool in a.tools if (kind := _host_kind(tool))),
         duplicate_tools=tuple((a.name, name) for a in agents for name in _duplicates(own_tool_names(a))),
+        gateway_tools=tuple((a.name, name) for a in agents for name in gateway_tool_names(a)),
         mcp_servers=tuple(servers.values()),
         output_guardrails=any(a.output_guardrails for a in agents),
         problems=tuple((a.name, problem) for a in agents for problem in _problems(a)),
@@ -128,6 +132,8 @@ def observe_tools(agent: Agent[Any]) -> None:
             tool.tool_input_guardrails = [judged_off_the_loop(item) for item in tool.tool_input_guardrails]
         if tool.tool_output_guardrails:
             tool.tool_output_guardrails = [judged_off_the_loop(item) for item in tool.tool_output_guardrails]
+        if is_gateway_tool(tool):
+            continue  # the tool manager reports it
         invoker: Any = tool.on_invoke_tool
         inner = getattr(invoker, "_invoke_tool_impl", None)
         call = inner if inner is not None else invoker
@@ -157,6 +163,13 @@ def is_agent_tool(tool: FunctionTool) -> bool:
     return bool(tool._is_agent_tool)
 
 
+async def filtered_mcp_tools(server: Any, tools: list[Any], run_context: Any, agent: Any) -> list[Any]:
+    """Return the tools of an SDK server object that its author's filter lets through for this run."""
+    if server.tool_filter is None:
+        return tools
+    return list(await server._apply_tool_filter(tools, run_context, agent))
+
+
 def is_default_provider(provider: object) -> bool:
     """Return whether a run configuration's provider is what the SDK fills in when its author names none."""
     if type(provider) is MultiProvider:
@@ -175,8 +188,10 @@ def _observed(call: Callable[..., Awaitable[Any]], tool: FunctionTool) -> Callab
     async def observed(context: Any, arguments: str) -> Any:
         started = time.perf_counter()
         status: ToolStatus | None = "error"
+        count_tool_call()
         try:
-            result = await call(context, arguments)
+            with bind_tool(tool.name) as line:  # noqa: F841 - where `looplag` finds out whose tool blocks
+                result = await call(context, arguments)
             status = "success"
             return result
         except asyncio.CancelledError:

@@ -8,6 +8,7 @@ import logging
 import time
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, Self, cast
 
@@ -20,6 +21,7 @@ from sdk_adapter.diagnosis import diagnose, label
 from sdk_adapter.modules import DropInFinder, SourceChanged, collect_garbage, freeze_garbage
 from sdk_adapter.preflight import CheckReport, Preflight, PreflightUnavailable
 from sdk_adapter.services import AdapterServices
+from sdk_adapter.threads import run_in_thread
 
 _LOG = logging.getLogger(__name__)
 _COLLECT_AFTER_S = 0.5
@@ -72,9 +74,10 @@ class SdkLoader:
     ) -> None:
         if self._collect_timer is not None:
             self._collect_timer.cancel()
-        await self._preflight.aclose()
         if self._sdk is not None:
+            self._sdk.cancel()  # an import cannot be stopped; its thread ends with the process
             await asyncio.wait({self._sdk})
+        await self._preflight.aclose()
         self._stack.close()
 
     async def warm_up(self) -> None:
@@ -155,7 +158,8 @@ class SdkLoader:
         """Import what needs the SDK, in a thread: it takes more than a second, and is not needed without agents."""
         started = time.perf_counter()
         await self._preflight.start()
-        publishing = cast("_Publishing", await asyncio.to_thread(importlib.import_module, "sdk_adapter.publishing"))
+        importing = partial(importlib.import_module, "sdk_adapter.publishing")
+        publishing = cast("_Publishing", await run_in_thread(importing, name="import of the Agents SDK"))
         self._stack.enter_context(publishing.install(self._services))
         freeze_garbage()
         log_event(_LOG, "agent.sdk.imported", ms=round((time.perf_counter() - started) * 1000))

@@ -1,69 +1,97 @@
-"""The MCP servers an author put on an agent: connected with the load of the agent, closed after its last run.
+"""The MCP servers an author put on an agent: moved onto pools of our own with the load of the agent.
 
-The SDK expects whoever makes a server object to connect it, and does not notice when the server behind it is
-restarted. Here one task per server owns ``connect`` and ``cleanup`` (some transports insist on one task for both),
-and the object's own ``list_tools`` and ``call_tool`` are replaced, on the object, by ones that wait for that task and
-ask it for a new connection when the old one is dead.
+The SDK's server objects stay what the SDK reads (name, filter, approval, error handling …); only their ``list_tools``
+and ``call_tool`` are replaced, on the object, by ones over a pool, which connects again, shares a session between
+calls, pins the tools and ends what it started.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
+import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
-from contextvars import Context
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Protocol
+from urllib.request import getproxies
 
-from agents import Agent, UserError
-from agents.mcp import MCPServer
+import mcp_types as types
+from agents import Agent
+from agents.mcp import MCPServer, MCPServerSse, MCPServerStdio, MCPServerStreamableHttp
+from mcp import ClientSession
 
-from gateway.errors import UpstreamError
+from gateway.errors import ToolError, ToolUnavailable
 from gateway.observability.logs import log_event
-from sdk_adapter.scope import current_level
+from gateway.tools.mcp.http import HttpTarget, http_streams
+from gateway.tools.mcp.listing import ListedTool
+from gateway.tools.mcp.pins import MemoryPins, pin_key
+from gateway.tools.mcp.pool import McpPool
+from gateway.tools.mcp.session import SessionLimits
+from gateway.tools.mcp.stdio import StdioTarget, stdio_streams
+from gateway.tools.mcp.wire import Dial, Streams
+from sdk_adapter.instrument import filtered_mcp_tools, own_tool_names
+from sdk_adapter.own_mcp_servers import OwnServer, unreachable
+from sdk_adapter.scope import count_tool_call, current_level
 
 _log = logging.getLogger("gateway.mcp")
 
-_CONNECT_S = 30.0
-_CLOSE_S = 10.0
-_MARK = "__gateway_supervisor__"
+_MARK = "__gateway_pool__"
 _DEFAULT_NAMES = ("stdio: ", "sse: ", "streamable_http: ")
 """The SDK names a server after its command or address, which callers are not to read."""
 
-_NEVER_SENT = ("HTTP error 404", "Connection lost", "Session terminated", "Session not found")
-"""The SDK's words for a call that did not reach the server: a refused connection, a session it no longer knows."""
+_MESSAGE_BYTES = 4 * 1024 * 1024
+_LONGEST_CALL_S = 3_600.0
+
+
+class _Held(Protocol):
+    """A server as this module keeps it, on the pool or not."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def failure(self) -> str | None: ...
+
+    @property
+    def tool_names(self) -> tuple[str, ...]: ...
+
+    def start(self) -> None: ...
+
+    async def aclose(self) -> None: ...
 
 
 class McpServers:
     """The servers of one load of one agent."""
 
     def __init__(self, servers: Sequence[MCPServer], *, agent_id: str) -> None:
-        self._supervisors = [_supervisor_of(server, agent_id) for server in servers]
-        for supervisor in self._supervisors:
-            supervisor.holders += 1
+        self._held = [_holder_of(server, agent_id) for server in servers]
+        for holder in self._held:
+            holder.count += 1
 
     async def open(self) -> None:
         """Start connecting; return at once. A server that cannot be reached is logged and tried again when needed."""
-        for supervisor in self._supervisors:
-            supervisor.start()
+        for holder in self._held:
+            holder.server.start()
 
     async def aclose(self) -> None:
         """Disconnect the servers that no other load uses, and wait until they are gone."""
-        supervisors, self._supervisors = self._supervisors, []
-        for supervisor in supervisors:
-            supervisor.holders -= 1
-        await asyncio.gather(*(item.aclose() for item in supervisors if item.holders == 0))
+        held, self._held = self._held, []
+        for holder in held:
+            holder.count -= 1
+        await asyncio.gather(*(holder.server.aclose() for holder in held if holder.count == 0))
 
     def failures(self) -> dict[str, str]:
-        """Return why servers are not connected, by name."""
-        return {item.name: item.failure for item in self._supervisors if item.failure is not None}
+        """Return why servers are not connected, or withhold tools, by name."""
+        found = ((holder.server.name, holder.server.failure) for holder in self._held)
+        return {name: failure for name, failure in found if failure is not None}
 
 
 def known_tool_names(agent: Agent[Any]) -> set[str]:
     """Return the names of the agent's MCP tools as of their latest listing."""
-    supervisors = (getattr(server, _MARK, None) for server in agent.mcp_servers)
-    return {name for item in supervisors if item is not None for name in item.tool_names}
+    holders = (getattr(server, _MARK, None) for server in agent.mcp_servers)
+    return {name for holder in holders if holder is not None for name in holder.server.tool_names}
 
 
 def shown_name(server: MCPServer) -> str:
@@ -72,83 +100,113 @@ def shown_name(server: MCPServer) -> str:
     return kind.removesuffix(": ") if kind else server.name
 
 
-def _supervisor_of(server: MCPServer, agent_id: str) -> _Supervisor:
-    """Return the server's supervisor: agents of one module may share a server."""
-    found: _Supervisor | None = getattr(server, _MARK, None)
-    return found if found is not None else _Supervisor(server, agent_id)
+class _Holder:
+    """One server, and how many loads use it: agents of one module may share a server."""
+
+    def __init__(self, server: _Held) -> None:
+        self.server = server
+        self.count = 0
 
 
-class _Supervisor:
-    """Owns one server's connection. ``failure`` is why there is none, as shown to callers."""
+def _holder_of(server: MCPServer, agent_id: str) -> _Holder:
+    found: _Holder | None = getattr(server, _MARK, None)
+    if found is None:
+        kinds = (MCPServerStdio, MCPServerSse, MCPServerStreamableHttp)
+        held: _Held = (
+            _PooledServer(server, agent_id)
+            if isinstance(server, kinds)
+            else OwnServer(server, shown_name(server), agent_id)
+        )
+        found = _Holder(held)
+        setattr(server, _MARK, found)
+    return found
 
-    def __init__(self, server: MCPServer, agent_id: str) -> None:
+
+class _PooledServer:
+    """An SDK server object whose calls go through a pool."""
+
+    def __init__(self, server: MCPServerStdio | MCPServerSse | MCPServerStreamableHttp, agent_id: str) -> None:
         self.name = shown_name(server)
-        self.holders = 0
-        self.failure: str | None = None
         self.tool_names: tuple[str, ...] = ()
         self._server = server
-        self._agent_id = agent_id
-        self._list: Callable[..., Awaitable[list[Any]]] = server.list_tools
-        self._call: Callable[..., Awaitable[Any]] = server.call_tool
-        self._connection = 0
-        self._ready: asyncio.Future[None] | None = None
-        self._broken: asyncio.Event | None = None
-        self._owner: asyncio.Task[None] | None = None
+        self._refreshing: asyncio.Task[None] | None = None
+        dial, identity = _dial_of(server)
+        self._pool = McpPool(
+            self.name,
+            key=pin_key(self.name, identity),
+            dial=lambda credential: dial,
+            limits=SessionLimits(),
+            pins=MemoryPins(),
+            watcher=self,
+            log_fields={"agent_id": agent_id},
+        )
         # On the object, not a proxy of it: the SDK reads many more attributes than these two.
         instance: Any = server
         instance.list_tools = self.list_tools
         instance.call_tool = self.call_tool
-        setattr(server, _MARK, self)
+
+    @property
+    def failure(self) -> str | None:
+        """Why it is not connected, or what it withholds."""
+        judged = self._pool.judged
+        if self._pool.failure is not None:
+            return self._pool.failure
+        if judged.quarantined:
+            names = ", ".join(list(judged.quarantined)[:10])
+            return f"tools that changed since the agent was loaded are withheld: {names}"
+        if judged.refused:
+            return "; ".join(f"{item.name}: {item.why}" for item in judged.refused[:10])
+        return judged.problem
 
     def start(self) -> None:
-        """Begin to connect, unless connected or at it."""
-        if self._owner is not None and not self._owner.done():
-            return
-        self._ready = asyncio.get_running_loop().create_future()
-        self._ready.add_done_callback(_look_at)
-        self._broken = asyncio.Event()
-        # An empty context: the task outlives the run that may have started it.
-        self._owner = asyncio.get_running_loop().create_task(
-            self._own(self._ready, self._broken), name=f"mcp:{self.name}", context=Context()
-        )
+        """Begin to connect."""
+        self._pool.start()
 
     async def aclose(self) -> None:
         """Disconnect and wait for it."""
-        owner = self._owner
-        if owner is None:
-            return
-        if self._broken is not None:
-            self._broken.set()
-        if self._ready is not None and not self._ready.done():
-            owner.cancel()
-        await asyncio.wait((owner,), timeout=_CLOSE_S + 1)
+        await self._pool.aclose()
+        if self._server.session is not None:
+            cleanup: Callable[[], Awaitable[None]] = self._server.cleanup
+            await cleanup()  # the author connected it as well
 
-    async def list_tools(self, run_context: Any = None, agent: Any = None) -> list[Any]:
-        """List the server's tools, over a new connection if the old one is dead.
+    def client_changed(self, client: ClientSession | None) -> None:
+        """Lend the session to what the SDK offers besides tools: prompts and resources."""
+        self._server.session = client
+
+    async def heard(self, message: Any) -> None:
+        """Pass on what the author wanted to hear."""
+        if self._server.message_handler is not None:
+            await self._server.message_handler(message)
+
+    async def list_tools(self, run_context: Any = None, agent: Any = None) -> list[types.Tool]:
+        """List the tools that are offered; anew each time unless the author set ``cache_tools_list``.
 
         Raises `UpstreamError` naming the server when it cannot be reached.
         """
-        connection = await self._connected()
         try:
-            tools = await _unless_dead(self._list(run_context, agent))
-        except Exception:  # noqa: BLE001 -- whatever it was, a new connection is the remedy; it fails again or not
-            await self._disconnected(connection)
-            await self._connected()
-            try:
-                tools = await _unless_dead(self._list(run_context, agent))
-            except Exception as error:
-                raise self._unreachable() from error
-        listed: list[Any] = list(tools)
-        self.tool_names = tuple(tool.name for tool in listed)
-        return listed
+            listed_before = self._pool.connected
+            offered = await self._pool.offered()
+            if listed_before and not self._server.cache_tools_list:
+                await self._refresh()
+                offered = await self._pool.offered()
+        except ToolError as error:
+            raise unreachable(self.name) from error
+        own = _own_names(agent)
+        tools = [_tool(tool) for name, tool in offered.items() if name not in own]
+        tools = await filtered_mcp_tools(self._server, tools, run_context, agent)
+        self.tool_names = tuple(tool.name for tool in tools)
+        return tools
 
-    async def call_tool(self, tool_name: str, arguments: dict[str, Any] | None, meta: Any = None) -> Any:
-        """Call a tool; a failed call is repeated only when it cannot have reached the server."""
+    async def call_tool(
+        self, tool_name: str, arguments: dict[str, Any] | None, meta: dict[str, Any] | None = None
+    ) -> types.CallToolResult:
+        """Call a tool; tried again only where it cannot have reached the server, or as often as the author said."""
+        count_tool_call()
         started = time.perf_counter()
         failed = True
         try:
-            result = await self._called(tool_name, arguments, {} if meta is None else {"meta": meta})
-            failed = bool(getattr(result, "isError", False) or getattr(result, "is_error", False))
+            result = await self._called(tool_name, arguments or {}, meta)
+            failed = bool(result.is_error)
             return result
         finally:
             level = current_level()
@@ -156,117 +214,68 @@ class _Supervisor:
                 seconds = time.perf_counter() - started
                 level.scope.observe(tool_name, "mcp", self.name, "error" if failed else "success", seconds)
 
-    async def _called(self, tool_name: str, arguments: dict[str, Any] | None, meta: dict[str, Any]) -> Any:
-        connection = await self._connected()
-        try:
-            return await _unless_dead(self._call(tool_name, arguments, **meta))
-        except Exception as error:
-            if not await self._is_dead():
-                raise
-            await self._disconnected(connection)
-            if not any(words in str(error) for words in _NEVER_SENT):
-                raise
-        await self._connected()
-        return await _unless_dead(self._call(tool_name, arguments, **meta))
+    async def _called(self, tool: str, arguments: dict[str, Any], meta: dict[str, Any] | None) -> types.CallToolResult:
+        server = self._server
+        failures = 0
+        while True:
+            try:
+                return await self._pool.call(
+                    tool, arguments, timeout_s=server.client_session_timeout_seconds or _LONGEST_CALL_S, meta=meta
+                )
+            except ToolError as error:
+                failures += 1
+                never = isinstance(error, ToolUnavailable) and error.should_retry is False
+                if never or (server.max_retry_attempts != -1 and failures > server.max_retry_attempts):
+                    raise
+            pause = server.retry_backoff_seconds_base * 2 ** min(failures - 1, 16)
+            most = server.retry_backoff_seconds_max
+            await asyncio.sleep((pause if most is None else min(pause, most)) * random.uniform(0.9, 1.1))
 
-    async def _is_dead(self) -> bool:
-        """Ask the server for its tools, past the SDK's cache."""
-        session = getattr(self._server, "session", None)
-        if session is None:
-            return hasattr(self._server, "session")
-        try:
-            async with asyncio.timeout(_CLOSE_S):
-                await _unless_dead(session.list_tools())
-        except Exception:  # noqa: BLE001 -- a transport's errors have no common class
-            return True
-        return False
+    async def _refresh(self) -> None:
+        """Ask for the tools again; runs that ask meanwhile share the answer."""
+        if self._refreshing is None:
+            self._refreshing = asyncio.ensure_future(self._pool.refresh())
+            self._refreshing.add_done_callback(self._refreshed)
+        await asyncio.shield(self._refreshing)
 
-    async def _connected(self) -> int:
-        self.start()
-        assert self._ready is not None
-        try:
-            await asyncio.shield(self._ready)
-        except asyncio.CancelledError as error:
-            if not self._ready.cancelled():
-                raise
-            raise self._unreachable() from error
-        except Exception as error:
-            raise self._unreachable() from error
-        return self._connection
+    def _refreshed(self, task: asyncio.Task[None]) -> None:
+        self._refreshing = None
+        if not task.cancelled() and task.exception() is not None:
+            log_event(_log, "mcp.server.unlisted", level=logging.WARNING, server=self.name)
 
-    async def _disconnected(self, connection: int) -> None:
-        """Put the dead connection away, unless somebody else has already."""
-        if connection == self._connection and self._broken is not None and self._owner is not None:
-            self._broken.set()
-            await asyncio.wait((self._owner,), timeout=_CLOSE_S)
 
-    def _unreachable(self) -> UpstreamError:
-        return UpstreamError(
-            f"The agent's MCP server '{self.name}' cannot be reached, and the agent does not run without its tools. "
-            "Whoever runs the gateway finds the reason in its log.",
-            code="mcp_server_unreachable",
-        )
+def _own_names(agent: Any) -> set[str]:
+    """Return the names no server may take: those of the agent's own tools, not of those its client sent."""
+    level = current_level()
+    sent = level.client_tools if level is not None else frozenset()
+    return set(own_tool_names(agent)) - sent if isinstance(agent, Agent) else set()
 
-    async def _own(self, ready: asyncio.Future[None], broken: asyncio.Event) -> None:
-        server: Any = self._server
-        try:
-            if getattr(server, "session", None) is None:
-                async with asyncio.timeout(_CONNECT_S):
-                    await _unless_dead(server.connect())
-        except BaseException as error:
-            await self._clean_up()
-            cancelled = isinstance(error, asyncio.CancelledError)
-            if not ready.done():
-                if cancelled:
-                    ready.cancel()
-                else:
-                    ready.set_exception(error)
-            if cancelled:
-                raise
-            self.failure = f"{type(error).__name__}: it cannot be connected"
-            log_event(
-                _log,
-                "mcp.server.unreachable",
-                level=logging.WARNING,
-                server=self.name,
-                agent_id=self._agent_id,
-                exc_info=error,
+
+def _tool(tool: ListedTool) -> types.Tool:
+    made = types.Tool.model_validate_json(tool.definition)
+    made.description = tool.description
+    return made
+
+
+def _dial_of(server: MCPServerStdio | MCPServerSse | MCPServerStreamableHttp) -> tuple[Dial, tuple[str, ...]]:
+    """Return how to connect as the author said, with our transports where nothing of the author's is in them."""
+    if isinstance(server, MCPServerStdio):
+        params = server.params
+        if params.encoding.lower().replace("-", "") == "utf8":
+            target = StdioTarget(
+                (params.command, *params.args), params.env or {}, str(params.cwd) if params.cwd else None
             )
-            if not isinstance(error, Exception):
-                raise
-            return
-        self._connection += 1
-        self.failure = None
-        log_event(_log, "mcp.server.connected", server=self.name, agent_id=self._agent_id)
-        ready.set_result(None)
-        try:
-            await broken.wait()
-        finally:
-            await self._clean_up()
-
-    async def _clean_up(self) -> None:
-        server: Any = self._server
-        try:
-            async with asyncio.timeout(_CLOSE_S):
-                await server.cleanup()
-        except Exception as error:  # noqa: BLE001 -- a border: the author's server object
-            log_event(
-                _log, "mcp.server.close_failed", level=logging.WARNING, server=self.name, error=type(error).__name__
-            )
+            return lambda: stdio_streams(target, message_limit=_MESSAGE_BYTES), (target.identity,)
+        return lambda: _own_streams(server), ("stdio", params.command, *params.args)
+    given: Any = server.params
+    kind = "sse" if isinstance(server, MCPServerSse) else "http"
+    if given.get("httpx_client_factory") is None and given.get("auth") is None and not getproxies():
+        at = HttpTarget(given["url"], "sse" if kind == "sse" else "http", dict(given.get("headers") or {}))
+        return lambda: http_streams(at, message_limit=_MESSAGE_BYTES), (at.identity,)
+    return lambda: _own_streams(server), (kind, hashlib.sha256(given["url"].encode()).hexdigest())
 
 
-async def _unless_dead(call: Awaitable[Any]) -> Any:
-    """Await a call of the MCP client; its CancelledError on a dead session is an error, not our cancellation."""
-    try:
-        return await call
-    except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise
-        raise UserError("The MCP session was closed. Connection lost.") from error
-
-
-def _look_at(future: asyncio.Future[None]) -> None:
-    """Take note of a failure that no run waits for: it is logged where it happens."""
-    with suppress(asyncio.CancelledError):
-        future.exception()
+@asynccontextmanager
+async def _own_streams(server: MCPServerStdio | MCPServerSse | MCPServerStreamableHttp) -> AsyncIterator[Streams]:
+    async with server.create_streams() as streams:
+        yield streams[0], streams[1]

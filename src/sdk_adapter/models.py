@@ -193,7 +193,7 @@ class GatewayModel(Model):
     def _begin(self) -> Level | None:
         level = current_level()
         if level is not None:
-            level.scope.count_model_call()
+            level.scope.budget.count_model_call()
             level.finish_reason = None
         return level
 

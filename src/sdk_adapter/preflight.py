@@ -198,7 +198,7 @@ class _Server:
         self._process = process
         self._writer = writer
         self._waiting: dict[int, asyncio.Future[CheckReport | None]] = {}
-        self._closed = False
+        self._closed = self._serves = False
         self._task = asyncio.create_task(self._read(reader), name="pre-flight reader")
 
     @classmethod
@@ -248,8 +248,10 @@ class _Server:
         self._writer.close()
 
     async def aclose(self) -> None:
-        """Stop the server and wait for its end."""
+        """Stop the server and wait for its end; one that is still loading has no children, and is not waited for."""
         self.stop()
+        if not self._serves:
+            self._process.kill()
         await self._task
         if not await _wait(self._process, 5):
             self._process.kill()
@@ -259,6 +261,7 @@ class _Server:
         with suppress(OSError, ValueError, msgspec.DecodeError):
             while line := await reader.readline():
                 report = decode_report(line)
+                self._serves = True  # it says so first, with a report on nothing
                 future = self._waiting.get(report.id)
                 if future is not None and not future.done():
                     future.set_result(report)

@@ -150,6 +150,8 @@ class _Server:
     def serve(self) -> None:
         """Run until the connection closes; then kill what is left."""
         try:
+            with suppress(BrokenPipeError):  # the gateway may have ended meanwhile, which the first turn notices
+                self._connection.sendall(encode(CheckReport(0)))
             while self._turn():
                 pass
         finally:

@@ -16,6 +16,7 @@ from gateway.registry.policy import ModulePolicy
 from gateway.registry.registry import slugify
 from gateway.routing.routed import RoutedUpstream
 from gateway.routing.targets import Binding, ModelTable
+from gateway.tools.table import ToolTable
 from gateway.upstreams.table import UnknownModel, UnknownUpstream
 from sdk_adapter.building import Built, build, check_policy
 from sdk_adapter.declarative import build_declared
@@ -27,6 +28,8 @@ from sdk_adapter.runner import install
 from sdk_adapter.services import AdapterServices
 
 __all__ = ["install", "publish_declared", "publish_dropin"]
+
+_NOTHING: Mapping[int, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +78,11 @@ async def publish_dropin(
             on_release()
 
     try:
-        for export, agent in built.agents:
-            opened.append(await _publish(_named(export, agent, dropin, built, declaration), dropin, services))
+        named = [_named(export, agent, dropin, built, declaration) for export, agent in built.agents]
+        published = {id(item.agent): item.id for item in named}
+        for item in named:
+            ready = await _publish(item, dropin, services, published)
+            opened.append(ready)
         files = {**expected, **built.generation.files}
         found = (*warnings, *(item for item in built.warnings if item.code not in {w.code for w in warnings}))
         rows = _describer(tuple(opened), dropin, number, services, found, declaration)
@@ -141,9 +147,13 @@ def _named(export: Export, agent: Agent[Any], dropin: DropIn, built: Built, decl
     return _Named(f"{options.namespace or dropin.namespace}/{slug}", slug, options, agent, export.attribute)
 
 
-async def _publish(named: _Named, dropin: DropIn, services: AdapterServices) -> Published:
+async def _publish(
+    named: _Named, dropin: DropIn, services: AdapterServices, published: Mapping[int, str] = _NOTHING
+) -> Published:
     try:
-        prepared = prepare_agent(named.agent, agent_id=named.id, options=named.options, services=services)
+        prepared = prepare_agent(
+            named.agent, agent_id=named.id, options=named.options, services=services, published=published
+        )
         await prepared.executor.open()
     except Exception as error:
         raise LoadFailed(
@@ -247,6 +257,17 @@ def _problems(item: Published, dropin: DropIn, table: ModelTable, services: Adap
             "Rename one: @function_tool(name_override=...), as_tool(tool_name=...) or handoff(tool_name_override=...).",
             line=at,
         )
+    known = services.tools.table if services.tools is not None else ToolTable()
+    for agent, tool in item.prepared.gateway_tools:
+        if known.find(tool) is None:
+            yield diagnose(
+                dropin,
+                "gateway_tool_missing",
+                f"The agent '{agent}' uses the gateway tool '{tool}', which tools.yaml does not have.",
+                "Add it there, or correct the name in gateway_tool(...); GET /tools lists those there are.",
+                line=outline.line_of_text(tool) or at,
+                is_warning=True,
+            )
     bindings: dict[str, Binding] = {}
     for agent, model in item.prepared.models:
         try:

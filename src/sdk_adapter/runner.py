@@ -70,6 +70,7 @@ class GatewayRunner(StoppingRunner):
         level = level.child() if level is not None else None
         if level is not None:
             level.started = True
+            level.scope.authorize(agent)
         if isinstance(input, RunState) or not isinstance(agent, Agent):
             return level, agent, arguments
         return level, RunClones(level).clone_of(agent), arguments

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from gateway.config import Settings
 from gateway.observability.metrics import Metrics
+from gateway.security.acl import AccessList
+from gateway.tools.manager import ToolManager
 from gateway.usage.meter import Meter
 
 if TYPE_CHECKING:
@@ -16,9 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class AdapterServices:
-    """``upstreams`` and ``meter`` return the table and the meter that a run starting now shall use."""
+    """``upstreams``, ``meter``, ``access`` and ``hides_foreign_models`` return what a run that starts now shall use.
+
+    ``tools`` calls the gateway's tools; None where there are none.
+    """
 
     upstreams: Callable[[], ModelTable]
     metrics: Metrics
     settings: Settings
     meter: Callable[[], Meter] = Meter
+    access: Callable[[], AccessList] = AccessList
+    hides_foreign_models: Callable[[], bool] = lambda: False
+    tools: ToolManager | None = None

@@ -1,0 +1,1 @@
+"""Tools: one manager over local callables, HTTP calls, OpenAPI documents and MCP servers."""

@@ -1,0 +1,1 @@
+"""MCP servers as tools: supervised sessions, guarded transports, pinned tool lists. Import `mcp` nowhere else."""
