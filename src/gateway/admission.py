@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import time
 import uuid
 from collections.abc import Mapping
+from functools import partial
 
+import msgspec
 from msgspec import Raw, Struct
 
+from gateway.caching.cache import CacheTable
+from gateway.caching.directives import read_cache_control
 from gateway.chat import CHAT_PATH, ChatRequest, RelayRequest, decode_chat, decode_model, decode_relay
 from gateway.config import Settings
 from gateway.errors import (
@@ -19,20 +24,27 @@ from gateway.errors import (
     PermissionDenied,
     UnsupportedValue,
 )
+from gateway.observability.logs import log_event
 from gateway.principal import Principal
 from gateway.registry.entry import AgentEntry
 from gateway.routing.targets import Binding
 from gateway.run import Executor, Run
+from gateway.runs.cached import CachedExecutor
 from gateway.runs.relay import RelayExecutor
-from gateway.security.acl import allows
 from gateway.snapshot import Snapshot
+
+_log = logging.getLogger("gateway.security")
+
+
+_LONGEST_USER = 256
 
 
 class Call(Struct, frozen=True):
     """One request at the door: who, what, and the headers an agent may see.
 
     ``body`` is the JSON text that ``fields`` was cut from, ``path`` the surface, without ``/v1``.
-    ``upstream`` is the one the caller wants, instead of what routing would choose.
+    ``upstream`` is the one the caller wants, instead of what routing would choose, ``end_user`` whom a header names.
+    ``run_id`` None: a new one.
     """
 
     principal: Principal
@@ -43,6 +55,9 @@ class Call(Struct, frozen=True):
     session_id: str | None = None
     path: str = CHAT_PATH
     upstream: str | None = None
+    cache_control: str | None = None
+    end_user: str | None = None
+    run_id: uuid.UUID | None = None
 
 
 def admit(call: Call, snapshot: Snapshot, settings: Settings) -> tuple[Run, Executor]:
@@ -71,9 +86,11 @@ def admit(call: Call, snapshot: Snapshot, settings: Settings) -> tuple[Run, Exec
     else:
         request = decode_relay(name, call.fields, call.path)
         model, executor, streamed = name, RelayExecutor(target, meter=snapshot.meter), request.stream
+        if snapshot.cache is not None:
+            executor = _cached(executor, target, name, call, snapshot.cache)
         deadline_s = settings.run_timeout_s
     run = Run(
-        id=uuid.uuid4(),
+        id=call.run_id or uuid.uuid4(),
         request_id=call.request_id,
         principal=call.principal,
         model=model,
@@ -85,8 +102,21 @@ def admit(call: Call, snapshot: Snapshot, settings: Settings) -> tuple[Run, Exec
         metadata=metadata,
         headers=call.headers,
         upstream=call.upstream,
+        end_user=call.end_user or end_user_of(call.fields),
+        binding=None if isinstance(target, AgentEntry) else target,
     )
     return run, executor
+
+
+def end_user_of(fields: Mapping[str, Raw]) -> str | None:
+    """Return whom a request is for: its field ``user``, or the ``id`` of it where that is an object."""
+    raw = fields.get("user")
+    if raw is None:
+        return None
+    value = msgspec.json.decode(raw)
+    if isinstance(value, dict):
+        value = value.get("id")
+    return value[:_LONGEST_USER] if isinstance(value, str) and value else None
 
 
 def authorize_model(
@@ -97,23 +127,16 @@ def authorize_model(
     ``upstream`` is the caller's own choice; `PermissionDenied` for a key that does not reach all of that upstream.
     """
     if upstream is not None:
-        _authorize_choice(upstream, principal)
+        _authorize_choice(upstream, principal, snapshot)
     if principal.is_drop_in:
         try:
             return snapshot.routes.resolve(name, upstream=upstream)
         except ConfigError as error:
             raise ModelNotFound(error.message, param="model") from error
-    entry = snapshot.registry.find(name)
-    target: AgentEntry | Binding | None = entry or snapshot.routes.find_model(name)
-    if target is None:
-        # A plain name: whoever lists the model serves it, as far as the key reaches ``upstream/model``.
-        shared = snapshot.routes.find_shared(name, lambda model_id: allows(principal, model_id), upstream=upstream)
-        if shared is not None:
-            return shared
-    canonical = entry.id if entry else name
+    canonical, target = find_target(name, principal, snapshot, upstream=upstream)
     if target is None:
         raise ModelNotFound(_not_found(name, principal, snapshot), param="model")
-    if not allows(principal, canonical):
+    if not _decide(principal, canonical, snapshot):
         if snapshot.keyring.hide_foreign_models:
             raise ModelNotFound(_not_found(name, principal, snapshot), param="model")
         raise ModelNotAllowed(
@@ -121,13 +144,43 @@ def authorize_model(
             "matches it to allow_agents, or use a model from GET /v1/models.",
             param="model",
         )
-    if entry is None and upstream is not None:
+    if not isinstance(target, AgentEntry) and upstream is not None and canonical == name:
         return snapshot.routes.find_model(name, upstream=upstream) or target
     return target
 
 
-def _authorize_choice(upstream: str, principal: Principal) -> None:
-    if not (principal.is_admin or allows(principal, f"{upstream}/*")):
+def find_target(
+    name: str, principal: Principal, snapshot: Snapshot, *, upstream: str | None = None
+) -> tuple[str, AgentEntry | Binding | None]:
+    """Return what a name means to a caller, by the canonical id that its right is judged on; None for nothing.
+
+    An id and an ``upstream/model`` mean one thing to everybody. A shorter name is looked for among what the caller
+    reaches; only where that has none is it another's, which is then refused.
+    """
+    routes, reaches = snapshot.routes, partial(snapshot.access.allows, principal)
+    entry = snapshot.registry.find_reached(name, reaches)
+    if entry is not None:
+        return entry.id, entry
+    raw = routes.find_model(name)
+    if raw is not None and reaches(name):
+        return name, raw
+    # A plain name: whoever lists the model serves it, as far as the key reaches ``upstream/model``.
+    shared = routes.find_shared(name, reaches, upstream=upstream) if raw is None else None
+    if shared is not None:
+        return shared.upstream.route.candidates[0].id, shared
+    foreign = snapshot.registry.find(name)
+    return (name, raw) if foreign is None else (foreign.id, foreign)
+
+
+def _cached(executor: Executor, target: Binding, name: str, call: Call, table: CacheTable) -> Executor:
+    rule = table.rules.find(name)
+    if rule is None:
+        return executor
+    return CachedExecutor(executor, target, table.cache, rule, read_cache_control(call.cache_control))
+
+
+def _authorize_choice(upstream: str, principal: Principal, snapshot: Snapshot) -> None:
+    if not (principal.is_admin or snapshot.access.allows_all(principal, f"{upstream}/")):
         raise PermissionDenied(
             f"The key '{principal.key_id}' may not choose an upstream: x-gateway-upstream is for admin keys and for "
             f"keys that reach all of '{upstream[:64]}/*'. Leave the header out."
@@ -143,9 +196,34 @@ def agents_chat_only(entry: AgentEntry) -> UnsupportedValue:
     )
 
 
+def _decide(principal: Principal, model_id: str, snapshot: Snapshot) -> bool:
+    """Return whether the principal reaches a model that exists, and log the decision: a denial, or a grant by override.
+
+    A grant by the key itself is logged at the level DEBUG; the run's own line names key and model in any case.
+    """
+    access = snapshot.access
+    if not access.overrides and access.allows(principal, model_id) and not _log.isEnabledFor(logging.DEBUG):
+        return True
+    decision = access.decide(principal, model_id)
+    usual = decision.source in ("api_key", "namespace_default")
+    log_event(
+        _log,
+        "agent.security.decision",
+        level=logging.DEBUG if usual else logging.INFO,
+        key_id=principal.key_id,
+        agent=model_id,
+        namespace=model_id.partition("/")[0],
+        decision="allow" if decision.allowed else "deny",
+        source=decision.source,
+        pattern=decision.pattern,
+        override_id=decision.override.id if decision.override else None,
+    )
+    return decision.allowed
+
+
 def _not_found(name: str, principal: Principal, snapshot: Snapshot) -> str:
     """Name the nearest model that *this* caller may know of; never another."""
-    known = [entry.id for entry in snapshot.registry.list_entries() if allows(principal, entry.id)]
+    known = [entry.id for entry in snapshot.registry.list_entries() if snapshot.access.allows(principal, entry.id)]
     near = difflib.get_close_matches(name.lower(), known, 1, 0.6)
     hint = f" Did you mean '{near[0]}'?" if near else " GET /v1/models lists what your key reaches."
     return f"The model '{name[:128]}' does not exist or you do not have access to it.{hint}"

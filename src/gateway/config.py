@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -40,13 +41,105 @@ class Settings:
         "`development` or `production`; production refuses keyless callers and the dev key.",
     )
     project_name: str = setting("GATEWAY_PROJECT_NAME", "agent-gateway", "Service name in `/health` and `/`.")
-    host: str = setting("GATEWAY_HOST", "127.0.0.1", "Address `gateway dev` listens on.")
-    port: int = setting("GATEWAY_PORT", 8000, "Port `gateway dev` listens on.")
+    host: str = setting("GATEWAY_HOST", "127.0.0.1", "Address `gateway serve` and `gateway dev` listen on.")
+    port: int = setting("GATEWAY_PORT", 8000, "Port `gateway serve` and `gateway dev` listen on.")
+    workers: int = setting("GATEWAY_WORKERS", 1, "Processes of `gateway serve`.")
+    worker_timeout_s: float = setting(
+        "GATEWAY_WORKER_TIMEOUT_S",
+        60.0,
+        "Seconds a worker of several may stand still (a tool that blocks its event loop) before it is replaced.",
+    )
+    tls_cert: Path | None = setting(
+        "GATEWAY_TLS_CERT", None, "Certificate chain (PEM) with which `gateway serve` speaks TLS."
+    )
+    tls_key: Path | None = setting("GATEWAY_TLS_KEY", None, "Private key (PEM) of `GATEWAY_TLS_CERT`.")
+    trusted_proxies: tuple[str, ...] = setting(
+        "GATEWAY_TRUSTED_PROXIES",
+        (),
+        "Addresses or networks (CIDR) of proxies whose `X-Forwarded-For` and `X-Forwarded-Proto` are believed, "
+        "comma-separated; nobody's by default.",
+    )
+    trusted_hosts: tuple[str, ...] = setting(
+        "GATEWAY_TRUSTED_HOSTS",
+        (),
+        "Host names that requests may address (`api.example.com`, `*.example.com`), comma-separated; empty allows all.",
+    )
+    public_url: str | None = setting(
+        "GATEWAY_PUBLIC_URL",
+        None,
+        "Address at which clients reach the gateway (`https://gateway.example.com`): MCP clients that ask where to get "
+        "a token are told of it. Default: the `Host` of the request.",
+    )
+    cors_origins: tuple[str, ...] = setting(
+        "GATEWAY_CORS_ORIGINS",
+        (),
+        "Origins of web pages that may call the gateway (`https://app.example.com`), comma-separated; `*` allows all, "
+        "without credentials.",
+        aliases=("CORS_ORIGINS",),
+    )
+    head_timeout_s: float = setting(
+        "GATEWAY_REQUEST_HEAD_TIMEOUT_S", 10.0, "Seconds a client may take to send the head of a request."
+    )
+    head_limit_bytes: int = setting(
+        "GATEWAY_REQUEST_HEAD_LIMIT_BYTES", 65_536, "Largest head (request line and headers) of a request, bytes."
+    )
+    header_limit: int = setting("GATEWAY_REQUEST_HEADER_LIMIT", 100, "Most headers of a request.")
+    keep_alive_s: float = setting("GATEWAY_KEEP_ALIVE_S", 75.0, "Seconds a connection without a request stays open.")
+    client_stall_s: float = setting(
+        "GATEWAY_CLIENT_STALL_S", 60.0, "Seconds a client may take to read what is sent to it before it counts as gone."
+    )
+    max_connections: int = setting(
+        "GATEWAY_MAX_CONNECTIONS",
+        10_000,
+        "Connections one process serves at a time; beyond, only health and metrics are answered, the rest with 503.",
+    )
+    max_runs: int = setting(
+        "GATEWAY_MAX_RUNS", 2_000, "Runs one process has under way at a time; beyond, requests are answered with 503."
+    )
     state_dir: Path | None = setting(
-        "GATEWAY_STATE_DIR", None, "State folder; default `.gateway/` beside the agents folder."
+        "GATEWAY_STATE_DIR",
+        None,
+        "State folder; default: `.gateway/` beside the agents folder in development, else the platform's data folder.",
+    )
+    database_url: str | None = setting(
+        "GATEWAY_DATABASE_URL",
+        None,
+        "Database of the gateway, `postgresql://USER:PASSWORD@HOST/DATABASE`; default: SQLite in the state folder.",
+    )
+    redis_url: str | None = setting(
+        "GATEWAY_REDIS_URL",
+        None,
+        "Redis for what replicas share fast, `redis://:PASSWORD@HOST:6379/0`.",
+        aliases=("REDIS_URL",),
     )
     log_level: str = setting("GATEWAY_LOG_LEVEL", "info", "`debug`, `info`, `warning` or `error`.")
+    log_exception_text: bool = setting(
+        "GATEWAY_LOG_EXCEPTION_TEXT",
+        False,
+        "Put the texts of exceptions, which may quote prompts and secrets, beside their types and places into the log; "
+        "on in `gateway dev`.",
+    )
+    traces: float = setting(
+        "GATEWAY_TRACES",
+        0.0,
+        "Share of the requests, 0 to 1, that are traced and sent by OTLP to `OTEL_EXPORTER_OTLP_ENDPOINT`; `1` traces "
+        "all.",
+    )
+    traces_content: bool = setting(
+        "GATEWAY_TRACES_CONTENT", False, "Let traces hold prompts, answers, and arguments and results of tools."
+    )
+    key_failures_per_minute: int = setting(
+        "GATEWAY_KEY_FAILURES_PER_MINUTE",
+        30,
+        "Wrong keys one address may show within a minute before it is turned away with 429.",
+    )
     api_key: str | None = setting("GATEWAY_API_KEY", None, "One admin key, beside those in `security.yaml`.")
+    key_pepper: str | None = setting(
+        "GATEWAY_KEY_PEPPER",
+        None,
+        "Secret that the digests of keys made at run time are keyed with; without it they cannot be guessed from the "
+        "database. The same in every process, and for ever.",
+    )
     metrics_token: str | None = setting(
         "GATEWAY_METRICS_TOKEN", None, "Bearer token that may read `/metrics` and `/metrics/prometheus`, nothing else."
     )
@@ -104,10 +197,22 @@ class Settings:
     security_config: Path | None = setting("GATEWAY_SECURITY_CONFIG", None, "Path of `security.yaml`.")
     routing_config: Path | None = setting("GATEWAY_ROUTING_CONFIG", None, "Path of `routing.yaml`.")
     prices_config: Path | None = setting("GATEWAY_PRICES_CONFIG", None, "Path of `prices.yaml`.")
+    cache_config: Path | None = setting("GATEWAY_CACHE_CONFIG", None, "Path of `cache.yaml`.")
+    usage_ledger: bool = setting(
+        "GATEWAY_USAGE_LEDGER", True, "Keep a row for every run and model call in the database, for `GET /usage`."
+    )
+    usage_flush_s: float = setting(
+        "GATEWAY_USAGE_FLUSH_S", 1.0, "Seconds between two writes of the usage ledger: what `kill -9` loses."
+    )
+    usage_retention_days: int = setting("GATEWAY_USAGE_RETENTION_DAYS", 90, "Days that rows of the ledger are kept.")
+    tool_config: Path | None = setting("GATEWAY_TOOL_CONFIG", None, "Path of `tools.yaml`.")
+    tool_auto_reload: bool = setting(
+        "GATEWAY_TOOL_AUTO_RELOAD", False, "Watch `tools.yaml` and the files it names, and reload it when they change."
+    )
     upstream_auto_reload: bool = setting(
         "GATEWAY_UPSTREAM_AUTO_RELOAD",
         False,
-        "Watch `upstreams.yaml`, `routing.yaml` and `prices.yaml`, and reload them when they change.",
+        "Watch `upstreams.yaml`, `routing.yaml`, `prices.yaml` and `cache.yaml`, and reload them when they change.",
     )
     upstream_discovery_s: float = setting(
         "GATEWAY_UPSTREAM_DISCOVERY_S", 300.0, "Seconds between two looks at an upstream's own list of models."
@@ -124,7 +229,7 @@ class Settings:
     body_limit_bytes: int = setting("GATEWAY_REQUEST_BODY_LIMIT_BYTES", 10_000_000, "Largest request body, bytes.")
     upload_limit_bytes: int = setting(
         "GATEWAY_UPLOAD_LIMIT_BYTES",
-        536_870_912,
+        50_000_000,
         "Largest body that is relayed piece by piece (files, audio, images), bytes.",
     )
     body_timeout_s: float = setting(
@@ -132,9 +237,55 @@ class Settings:
         30.0,
         "Seconds a client may take to send its body, or the next piece of an upload.",
     )
+    rate_limit_per_minute: int | None = setting(
+        "GATEWAY_RATE_LIMIT_PER_MINUTE",
+        None,
+        "Requests a minute for each key whose limits, and the defaults in `security.yaml`, say nothing.",
+        aliases=("API_RATE_LIMIT_PER_MINUTE", "RATE_LIMIT_PER_MINUTE"),
+    )
+    limits_store: Literal["auto", "memory", "redis", "sql"] = setting(
+        "GATEWAY_LIMITS_STORE",
+        "auto",
+        "Where limits and budgets are counted: `memory` (this process alone), `redis`, `sql`; `auto` takes Redis where "
+        "`GATEWAY_REDIS_URL` is set, `sql` where `GATEWAY_DATABASE_URL` is or several workers serve, else `memory`.",
+    )
+    end_user_header: str | None = setting(
+        "GATEWAY_END_USER_HEADER",
+        None,
+        "Request header that names the end user, before the body's `user`; for limits of each end user.",
+    )
+    reserved_output_tokens: int = setting(
+        "GATEWAY_RESERVED_OUTPUT_TOKENS",
+        4_096,
+        "Tokens that a model call without `max_completion_tokens` is taken to write, until it has.",
+    )
+    run_max_depth: int = setting("GATEWAY_RUN_MAX_DEPTH", 8, "Runs inside runs (agents as tools) that a run may have.")
+    run_max_model_calls: int | None = setting(
+        "GATEWAY_RUN_MAX_MODEL_CALLS",
+        None,
+        "Model calls of a run over all its agents; default: ten for each turn that its first agent may take.",
+    )
+    run_max_tool_calls: int = setting(
+        "GATEWAY_RUN_MAX_TOOL_CALLS", 500, "Tool calls in the gateway that a run may make over all its agents."
+    )
+    run_max_tokens: int = setting(
+        "GATEWAY_RUN_MAX_TOKENS", 5_000_000, "Tokens that a run may use over all its agents, read and written."
+    )
+    run_max_cost_usd: float = setting(
+        "GATEWAY_RUN_MAX_COST_USD", 100.0, "What the model calls of a run over all its agents may cost, USD."
+    )
+    budget_alert_url: str | None = setting(
+        "GATEWAY_BUDGET_ALERT_URL", None, "Address that is told when shares of a budget are spent."
+    )
+    budget_alert_secret: str | None = setting(
+        "GATEWAY_BUDGET_ALERT_SECRET", None, "Secret that budget alerts are signed with; needed with the address."
+    )
+    budget_alert_shares: tuple[str, ...] = setting(
+        "GATEWAY_BUDGET_ALERT_SHARES", ("0.5", "0.8", "1.0"), "Shares of a budget to tell of, comma-separated."
+    )
     run_timeout_s: float = setting("GATEWAY_RUN_TIMEOUT_S", 600.0, "Seconds a run may take in all.")
     drain_s: float = setting(
-        "GATEWAY_SHUTDOWN_DRAIN_S", 20.0, "Seconds that live runs may take to end once the process is asked to stop."
+        "GATEWAY_SHUTDOWN_DRAIN_S", 10.0, "Seconds that live runs may take to end once the process is asked to stop."
     )
     ping_s: float = setting("GATEWAY_STREAM_PING_S", 15.0, "Seconds of silence before a stream sends a comment.")
     header_allowlist: tuple[str, ...] = setting(
@@ -169,6 +320,18 @@ class Settings:
         candidate = Path("src/agents")
         return candidate if candidate.is_dir() or not Path("agents").is_dir() else Path("agents")
 
+    def state_folder(self) -> Path:
+        """Return the folder for what outlives the process; whoever writes there makes it."""
+        if self.state_dir is not None:
+            return self.state_dir
+        if self.is_development:
+            return self.agents_root().resolve().parent / ".gateway"
+        if sys.platform == "win32":
+            return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "agent-gateway"
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Application Support" / "agent-gateway"
+        return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "agent-gateway"
+
     def config_file(self, name: str) -> Path | None:
         """Find ``name`` (``security.yaml`` …).
 
@@ -181,6 +344,8 @@ class Settings:
             "security.yaml": self.security_config,
             "routing.yaml": self.routing_config,
             "prices.yaml": self.prices_config,
+            "tools.yaml": self.tool_config,
+            "cache.yaml": self.cache_config,
         }.get(name)
         if explicit is not None:
             if not explicit.is_file():
@@ -202,8 +367,7 @@ def load_yaml(path: Path, type_: type[T]) -> T:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        tree, data = _parsed(text)
     except OSError as error:
         raise ConfigError(f"{path.name}: cannot be read ({error.strerror}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -220,6 +384,16 @@ def load_yaml(path: Path, type_: type[T]) -> T:
         keys = _split_path(at.rstrip("`"))
         name = at.rstrip("`").lstrip(".") or "the file"
         raise ConfigError(f"{path.name}:{_line(tree, keys)}: {name}: {message.replace('`', chr(39))}.") from error
+
+
+def _parsed(text: str) -> tuple[Any, Any]:
+    """Return the nodes, which know their lines, and the values; by libyaml where it is there, ten times as fast."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
+    try:
+        tree = loader.get_single_node()
+        return tree, None if tree is None else loader.construct_document(tree)
+    finally:
+        loader.dispose()
 
 
 def _parse(name: str, text: str, hint: Any) -> Any:
@@ -260,7 +434,7 @@ def _is_union(hint: Any) -> bool:
 def _refuse_unknown_keys(data: Any, hint: Any, file: str, tree: Any, at: tuple[str | int, ...]) -> None:
     if _is_union(hint):
         structs = [k for k in typing.get_args(hint) if _holds_struct(k)]
-        hint = structs[0] if len(structs) == 1 else None
+        hint = structs[0] if len(structs) == 1 else _tagged(structs, data)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (list, tuple) and isinstance(data, list) and arguments:
         for index, item in enumerate(data):
@@ -270,12 +444,22 @@ def _refuse_unknown_keys(data: Any, hint: Any, file: str, tree: Any, at: tuple[s
             _refuse_unknown_keys(item, arguments[1], file, tree, (*at, key))
     elif isinstance(hint, type) and issubclass(hint, msgspec.Struct) and isinstance(data, dict):
         known = {f.encode_name: f.type for f in msgspec.structs.fields(hint)}
+        if hint.__struct_config__.tag_field is not None:
+            known[hint.__struct_config__.tag_field] = str
         for key, item in data.items():
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, 1)
                 hint_text = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(sorted(known))}."
                 raise ConfigError(f"{file}:{_line(tree, (*at, key))}: unknown key '{key}'; {hint_text}")
             _refuse_unknown_keys(item, known[key], file, tree, (*at, key))
+
+
+def _tagged(structs: list[Any], data: Any) -> Any:
+    """Return the struct of a tagged union that ``data`` says it is; None leaves the complaint to the conversion."""
+    if not isinstance(data, dict):
+        return None
+    configs = [(k, k.__struct_config__) for k in structs if isinstance(k, type) and issubclass(k, msgspec.Struct)]
+    return next((k for k, c in configs if c.tag_field is not None and data.get(c.tag_field) == c.tag), None)
 
 
 def _holds_struct(hint: Any) -> bool:

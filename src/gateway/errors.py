@@ -7,6 +7,8 @@
     │   ├── UnsupportedParameter                 400                       unsupported_parameter
     │   ├── UnsupportedValue                     400                       unsupported_value
     │   ├── ContentPolicyViolation               400                       content_policy_violation
+    │   ├── InvalidToolArguments                 400                       invalid_tool_arguments
+    │   ├── RequiredToolMissing                  400                       tool_missing
     │   ├── BodyTooLarge                         413                       request_too_large
     │   └── UpstreamRejected                     400/413/422               the upstream's own code
     ├── Unauthenticated                          401 invalid_request_error invalid_api_key
@@ -15,12 +17,18 @@
     │   ├── ScopeRequired                        403                       insufficient_scope
     │   └── ToolDenied                           403                       tool_denied
     ├── NotFound                                 404 invalid_request_error not_found
-    │   └── ModelNotFound                        404                       model_not_found
+    │   ├── ModelNotFound                        404                       model_not_found
+    │   └── ToolNotFound                         404                       tool_not_found
     ├── MethodNotAllowed                         405 invalid_request_error method_not_allowed
     ├── RequestTimedOut                          408 invalid_request_error request_timeout
+    ├── Conflict                                 409 invalid_request_error conflict
     ├── ApprovalRequired                         409 invalid_request_error approval_required
+    ├── TooManyFailures                          429 rate_limit_error      too_many_failures
     ├── UpstreamRateLimited                      429 rate_limit_error      rate_limit_exceeded
+    ├── RateLimited                              429 requests, tokens, …   rate_limit_exceeded
+    ├── BudgetExhausted                          429 insufficient_quota    insufficient_quota
     ├── AgentFailed                              502 server_error          agent_error
+    │   ├── RunBudgetExceeded                    502                       run_budget_exceeded
     │   └── ModelBehaviorFailed                  502                       model_behavior_error
     ├── AgentMisconfigured                       500 server_error          agent_configuration_error
     ├── RunTimedOut                              504 server_error          run_timeout
@@ -32,8 +40,16 @@
     │   ├── UpstreamIncomplete                   502                       upstream_incomplete
     │   ├── UpstreamUnavailable                  503                       upstream_unavailable
     │   └── UpstreamTimeout                      504                       upstream_timeout
+    ├── ToolError                                502 server_error          tool_error
+    │   ├── ToolFailed                           502                       tool_error
+    │   │   └── ToolResultTooLarge               502                       tool_result_too_large
+    │   ├── ToolUnavailable                      503                       tool_unavailable
+    │   └── ToolTimedOut                         504                       tool_timeout
     ├── ServiceUnavailable                       503 service_unavailable_error  service_unavailable
-    │   └── ShuttingDown                         503                       shutting_down
+    │   ├── Overloaded                           503                       overloaded
+    │   ├── WorkersDisagree                      503                       workers_disagree
+    │   ├── ShuttingDown                         503                       shutting_down
+    │   └── StoreUnavailable                     503                       store_unavailable
     └── ConfigError                              500 server_error          configuration_error
 
 The message is read by the person who sent the request: it says what to do, and never holds a key, a stack,
@@ -55,7 +71,9 @@ class GatewayError(Exception):
     a side effect or where a retry cannot help; ``None`` leaves the choice to the client. ``retry_after_s``
     (seconds) becomes ``retry-after``. ``upstream_error`` is the error object of an upstream that blames the request or
     its rate, keys masked, and ``upstream_headers`` its ids and limits; both are shown instead of our own words where
-    the call was relayed (``is_relayed``). ``routed`` is the upstream that failed last, and how many requests went out.
+    the call was relayed (``is_relayed``). ``words`` is the part of the message that an upstream wrote: it may
+    quote a prompt, and is for the caller alone (see `told`). ``routed`` is the upstream that failed last, and how many
+    requests went out. ``headers`` are further ones of the answer.
     """
 
     status: int = 500
@@ -84,9 +102,16 @@ class GatewayError(Exception):
         self.retry_after_s = retry_after_s
         self.should_retry = self.default_should_retry if should_retry is None else should_retry
         self.routed: tuple[str, int] | None = None
+        self.words = ""
         self.upstream_error: Mapping[str, Any] | None = None
         self.upstream_headers: tuple[tuple[bytes, bytes], ...] = ()
         self.is_relayed = False
+        self.headers: tuple[tuple[bytes, bytes], ...] = ()
+
+    @property
+    def told(self) -> str:
+        """The message for others than the caller."""
+        return self.message.replace(self.words, "(the upstream's own words)") if self.words else self.message
 
 
 class InvalidRequest(GatewayError):
@@ -114,6 +139,18 @@ class ContentPolicyViolation(InvalidRequest):
 
     code = "content_policy_violation"
     domain = "policy"
+
+
+class InvalidToolArguments(InvalidRequest):
+    """The arguments of a tool call do not fit the tool's JSON Schema."""
+
+    code = "invalid_tool_arguments"
+
+
+class RequiredToolMissing(InvalidRequest):
+    """The agent cannot work without a tool that does not exist now."""
+
+    code = "tool_missing"
 
 
 class BodyTooLarge(InvalidRequest):
@@ -153,7 +190,7 @@ class ScopeRequired(PermissionDenied):
 
 
 class ToolDenied(PermissionDenied):
-    """A tool guardrail or a policy ended the run at a tool call."""
+    """A tool guardrail, the caller's right or a policy stands against a tool call."""
 
     code = "tool_denied"
 
@@ -169,6 +206,12 @@ class ModelNotFound(NotFound):
     """No model of this name, or none the key may know of."""
 
     code = "model_not_found"
+
+
+class ToolNotFound(NotFound):
+    """No tool of this name, or none the key may know of."""
+
+    code = "tool_not_found"
 
 
 class MethodNotAllowed(GatewayError):
@@ -189,10 +232,26 @@ class RequestTimedOut(GatewayError):
     domain = "caller"
 
 
+class Conflict(GatewayError):
+    """What is to be made is there already."""
+
+    status, type, code = 409, "invalid_request_error", "conflict"
+    domain = "caller"
+    default_should_retry = False
+
+
 class ApprovalRequired(GatewayError):
     """The agent's author wants a person to approve a tool call, and this surface cannot suspend a run."""
 
     status, type, code = 409, "invalid_request_error", "approval_required"
+    domain = "policy"
+    default_should_retry = False
+
+
+class TooManyFailures(GatewayError):
+    """Too many wrong keys came from the caller's address; ``retry_after_s`` until it may try again."""
+
+    status, type, code = 429, "rate_limit_error", "too_many_failures"
     domain = "policy"
     default_should_retry = False
 
@@ -204,11 +263,33 @@ class UpstreamRateLimited(GatewayError):
     domain = "upstream"
 
 
+class RateLimited(GatewayError):
+    """A limit of the caller: ``type`` says of what (``requests``, ``tokens``; of runs ``rate_limit_error``)."""
+
+    status, type, code = 429, "requests", "rate_limit_exceeded"
+    domain = "policy"
+
+
+class BudgetExhausted(GatewayError):
+    """What the caller may spend is spent, or the call might cost more than is left."""
+
+    status, type, code = 429, "insufficient_quota", "insufficient_quota"
+    domain = "policy"
+    default_should_retry = False
+
+
 class AgentFailed(GatewayError):
     """The author's code raised while the agent ran; not retried, because its tools may have acted."""
 
     status, code = 502, "agent_error"
     default_should_retry = False
+
+
+class RunBudgetExceeded(AgentFailed):
+    """The run passed one of its caps, over all its agents; the message names it."""
+
+    code = "run_budget_exceeded"
+    domain = "policy"
 
 
 class ModelBehaviorFailed(AgentFailed):
@@ -283,16 +364,65 @@ class UpstreamTimeout(UpstreamError):
     status, code = 504, "upstream_timeout"
 
 
+class ToolError(GatewayError):
+    """A call of a tool gave no result; not retried by the client, because the tool may have acted."""
+
+    status, code = 502, "tool_error"
+    domain = "upstream"
+    default_should_retry: ClassVar[bool | None] = False
+
+
+class ToolFailed(ToolError):
+    """The tool began and failed: an exception, an answer that makes no sense."""
+
+
+class ToolResultTooLarge(ToolFailed):
+    """The tool's result passed its limit while it was read."""
+
+    code = "tool_result_too_large"
+
+
+class ToolUnavailable(ToolError):
+    """The call never reached the tool: its server is down, its circuit open, the tool quarantined."""
+
+    status, code = 503, "tool_unavailable"
+    default_should_retry = None
+
+
+class ToolTimedOut(ToolError):
+    """The tool took longer than its timeout."""
+
+    status, code = 504, "tool_timeout"
+
+
 class ServiceUnavailable(GatewayError):
     """The gateway cannot serve this now."""
 
     status, type, code = 503, "service_unavailable_error", "service_unavailable"
 
 
+class Overloaded(ServiceUnavailable):
+    """The process has as many connections or runs as it takes at a time."""
+
+    code = "overloaded"
+
+
+class WorkersDisagree(ServiceUnavailable):
+    """Not every worker process serves the same configuration after a refresh."""
+
+    code = "workers_disagree"
+
+
 class ShuttingDown(ServiceUnavailable):
     """The process is on its way out."""
 
     code = "shutting_down"
+
+
+class StoreUnavailable(ServiceUnavailable):
+    """The gateway's own database does not answer, is locked, full or read-only."""
+
+    code = "store_unavailable"
 
 
 class ConfigError(GatewayError):

@@ -17,9 +17,10 @@ FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 class Usage(Struct, frozen=True):
     """Tokens of a run, summed over all its model calls; ``estimated`` when an upstream gave no numbers.
 
-    Cached and audio tokens are among the input's, reasoning and audio tokens among the output's. ``cost`` is in
-    picodollars (1e-12 USD), None where that of any call is not known; ``cost_reported`` when it is, at least in part,
-    what upstreams reported themselves.
+    Cached, cache-writing and audio tokens are among the input's, reasoning and audio tokens among the output's.
+    ``cost`` is in picodollars (1e-12 USD), None where that of any call is not known; ``cost_reported`` when it is, at
+    least in part, what upstreams reported themselves. ``cached``: the answer came from the gateway's own cache, or from
+    a call that another run is charged for; then nothing was used.
     """
 
     input_tokens: int = 0
@@ -32,6 +33,8 @@ class Usage(Struct, frozen=True):
     audio_output_tokens: int = 0
     cost: int | None = None
     cost_reported: bool = False
+    cached: bool = False
+    cache_write_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -50,6 +53,7 @@ class Usage(Struct, frozen=True):
             self.audio_output_tokens + other.audio_output_tokens,
             _sum_of_costs(self, other),
             self.cost_reported or other.cost_reported,
+            cache_write_tokens=self.cache_write_tokens + other.cache_write_tokens,
         )
 
 
@@ -113,11 +117,13 @@ class AgentSwitched(Struct, frozen=True):
 class Routed(Struct, frozen=True):
     """A model call is being served by this upstream; comes before the answer's first event.
 
-    Of an agent's several calls it is the latest. ``attempts`` counts the requests that went out for it, to whomever.
+    Of an agent's several calls it is the latest. ``attempts`` counts the requests that went out for it, to whomever;
+    ``hedged``: one of them because another was slow.
     """
 
     upstream: str
     attempts: int
+    hedged: bool = False
 
 
 class RunFinished(Struct, frozen=True):

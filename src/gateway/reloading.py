@@ -29,7 +29,8 @@ class Reloader:
     """Turns changes on disk into refreshes.
 
     ``on_change`` maps the name of a YAML file (``upstreams.yaml``, ``security.yaml``) to what reloads it; a callback
-    raises `ConfigError` to keep the old version. `agents.yaml` belongs to the catalogue.
+    raises `ConfigError` to keep the old version. `agents.yaml` belongs to the catalogue. ``referred`` says which other
+    files a YAML file names now: a change of one is a change of it.
     """
 
     def __init__(
@@ -39,11 +40,13 @@ class Reloader:
         roots: Sequence[Path],
         *,
         on_change: Mapping[str, Callable[[], Awaitable[object]]] | None = None,
+        referred: Mapping[str, Callable[[], Collection[Path]]] | None = None,
     ) -> None:
         self._settings = settings
         self._catalogue = catalogue
         self._roots = tuple(roots)
         self._on_change = dict(on_change or {})
+        self._referred = {name: files for name, files in (referred or {}).items() if name in self._on_change}
         self._tasks: set[asyncio.Task[object]] = set()
 
     async def refresh_agents(self, *, force: bool = True) -> RefreshReport:
@@ -109,12 +112,23 @@ class Reloader:
         """Start what the changes ask for; nothing is awaited, so that a load that hangs delays no later change."""
         names = {path.name for path in paths}
         for name, reload in self._on_change.items():
-            if name in names:
+            if name in names or self._refers(name, paths):
                 self._start(self._reload(name, reload))
         own = self._catalogue.tracked_files()
         agents = {p for p in paths if p in own or p.name == "agents.yaml" or any(map(p.is_relative_to, self._roots))}
         if agents:
             self._start(self._catalogue.refresh(paths=agents))
+
+    def _refers(self, name: str, paths: set[Path]) -> bool:
+        """Whether a change is of a file that a YAML file names; a mounted secret changes by swapping ``..data``."""
+        if name not in self._referred:
+            return False
+        files = {(file.parent.resolve(), file.name) for file in self._referred[name]()}
+        folders = {folder for folder, _ in files}
+        return any(
+            (path.parent, path.name) in files or (path.name.startswith("..") and path.parent in folders)
+            for path in paths
+        )
 
     async def _reload(self, name: str, reload: Callable[[], Awaitable[object]]) -> None:
         try:
@@ -130,6 +144,7 @@ class Reloader:
         flat = {path.parent for path in self._catalogue.tracked_files()}
         for name in (*self._on_change, "agents.yaml"):
             flat |= {folder.resolve() for folder in self._config_folders(name)}
+        flat |= {file.parent.resolve() for files in self._referred.values() for file in files()}
         outside = (f for f in flat if f.is_dir() and not any(f.is_relative_to(root) for root in deep))
         return deep, frozenset(outside)
 

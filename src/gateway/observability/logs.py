@@ -7,17 +7,21 @@ by their shape, long values are cut, and control characters cannot end a line or
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from contextvars import ContextVar, Token
 from functools import lru_cache
 from typing import Any, TextIO
 
 import msgspec
+
+from gateway.errors import GatewayError
 
 _MASK = "***"
 _LONGEST_TEXT = 2_000
@@ -25,9 +29,13 @@ _LONGEST_TRACEBACK = 16_000
 _MOST_ITEMS = 50
 _SHORT = 160
 _DEEPEST = 4
+_FEW = 5
 
-_QUIET = ("asyncio", "httpcore", "httpx", "httpx2", "mcp", "openai", "openai.agents", "watchfiles")
-"""Libraries whose info and debug lines hold prompts, URLs or noise: heard from WARNING on, whatever the level."""
+_QUIET = (
+    "asyncio", "h2", "hpack", "httpcore", "httpcore2", "httpx", "httpx2", "mcp", "openai", "openai.agents",
+    "opentelemetry", "psycopg", "python_multipart", "redis", "requests", "sqlalchemy", "urllib3", "watchfiles",
+)  # fmt: skip
+"""Libraries whose info and debug lines hold prompts, URLs, values of rows or noise: heard from WARNING on only."""
 
 _WORDS = re.compile(r"[^A-Za-z0-9]+|(?<=[a-z0-9])(?=[A-Z])")
 _SECRET_NAMES = frozenset(
@@ -43,26 +51,86 @@ _SECRET_SHAPES = re.compile(
 _UNSAFE = re.compile("[\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 """What JSON leaves as it is and a terminal or a log viewer may obey; below U+0020 JSON escapes by itself."""
 
-_REQUEST_ID: ContextVar[str | None] = ContextVar("gateway_request_id", default=None)
 
 _STANDARD = frozenset(logging.LogRecord("", 0, "", 0, "", (), None).__dict__) | {"message", "asctime", "taskName"}
 _encode = msgspec.json.Encoder(decimal_format="number").encode
 
 
+class LogContext:
+    """What every line of one request says; ``endpoint`` (the route's template) and ``agent_id`` come as they are known.
+
+    ``correlation_id`` is the caller's own word for what the request is a part of, over several requests.
+    """
+
+    SHOWN = ("correlation_id", "endpoint", "agent_id", "tool_name")
+    """What a line says beside the request's id, where it is known."""
+
+    __slots__ = ("agent_id", "correlation_id", "endpoint", "request_id", "tool_name")
+
+    def __init__(self, request_id: str, correlation_id: str | None = None) -> None:
+        self.request_id, self.correlation_id = request_id, correlation_id
+        self.endpoint: str | None = None
+        self.agent_id: str | None = None
+        self.tool_name: str | None = None
+
+    def fill(self, line: dict[str, Any]) -> None:
+        """Add what is known to a line that does not say it itself."""
+        if self.correlation_id is not None:
+            line.setdefault("correlation_id", self.correlation_id)
+        if self.endpoint is not None:
+            line.setdefault("endpoint", self.endpoint)
+        if self.agent_id is not None:
+            line.setdefault("agent_id", self.agent_id)
+        if self.tool_name is not None:
+            line.setdefault("tool_name", self.tool_name)
+
+
+_CONTEXT: ContextVar[LogContext | None] = ContextVar("gateway_log_context", default=None)
+
+
 class bind_request_id:
-    """Put a request id on every line logged inside ``with``, by this task and by the tasks and threads it starts."""
+    """Put a request's ids on every line logged inside ``with``, by this task and by the tasks and threads it starts."""
 
-    __slots__ = ("_request_id", "_token")
-    _token: Token[str | None]
+    __slots__ = ("_context", "_token")
+    _token: Token[LogContext | None]
 
-    def __init__(self, request_id: str) -> None:
-        self._request_id = request_id
+    def __init__(self, request_id: str, correlation_id: str | None = None) -> None:
+        self._context = LogContext(request_id, correlation_id)
 
-    def __enter__(self) -> None:
-        self._token = _REQUEST_ID.set(self._request_id)
+    def __enter__(self) -> LogContext:
+        self._token = _CONTEXT.set(self._context)
+        return self._context
 
     def __exit__(self, *_: object) -> None:
-        _REQUEST_ID.reset(self._token)
+        _CONTEXT.reset(self._token)
+
+
+class bind_tool:
+    """Put a tool's name on every line logged inside ``with``; calls of one request that overlap keep their own."""
+
+    __slots__ = ("_name", "_token")
+    _token: Token[LogContext | None] | None
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> LogContext | None:
+        outer, self._token = _CONTEXT.get(), None
+        if outer is None:
+            return None
+        inner = LogContext(outer.request_id, outer.correlation_id)
+        inner.endpoint, inner.agent_id, inner.tool_name = outer.endpoint, outer.agent_id, self._name
+        self._token = _CONTEXT.set(inner)
+        return inner
+
+    def __exit__(self, *_: object) -> None:
+        if self._token is not None:
+            _CONTEXT.reset(self._token)
+
+
+def log_context() -> LogContext | None:
+    """Return what the lines of the current request say; None outside of one."""
+    return _CONTEXT.get()
 
 
 def log_event(
@@ -76,7 +144,9 @@ def log_event(
 ) -> None:
     """Log one event with its fields; ``event`` is ``subsystem.object.verb``.
 
-    Fields that are None are left out. ``exc_info`` adds type, text and traceback: it stays on the server.
+    Fields that are None are left out, and so is ``quote``, the words of somebody else, unless the texts of exceptions
+    are asked for. ``exc_info`` adds type and traceback, and the text of exceptions where that is
+    asked for, or where it is our own or the system's.
     """
     if not logger.isEnabledFor(level):
         return
@@ -84,15 +154,66 @@ def log_event(
     if handler is None:
         logger.handle(_EventRecord(logger.name, level, event, message or event, exc_info, fields))
     else:
-        handler.write(_line(time.time(), level, logger.name, event, message or event, exc_info, fields))
+        handler.write(
+            _line(time.time(), level, logger.name, event, message or event, exc_info, fields, handler.exception_text),
+            at_once=level >= logging.WARNING,
+        )
 
 
-def configure_logging(level: str = "info", stream: TextIO | None = None) -> logging.Handler:
+class EventShape:
+    """An event that every call logs, with fields that are always the same: put together and encoded in one go.
+
+    Its lines are those of `log_event`. ``foreign`` are the fields with text that others chose, which is cleaned; the
+    rest holds numbers, and words of the gateway's own.
+    """
+
+    __slots__ = ("_event", "_foreign", "_logger", "_make", "_names")
+
+    def __init__(self, logger: logging.Logger, event: str, *names: str, foreign: Collection[str] = ()) -> None:
+        self._logger, self._event, self._names = logger, event, names
+        self._foreign = tuple(index for index, name in enumerate(names) if name in foreign)
+        fields = [(name, Any, None) for name in (*names, *LogContext.SHOWN)]
+        head = [(name, str) for name in ("timestamp", "level", "logger", "event", "request_id", "message")]
+        self._make: Any = msgspec.defstruct("Line", [*head, *fields], omit_defaults=True)
+
+    def log(self, values: list[Any], level: int = logging.INFO) -> None:
+        """Log the event; ``values`` are those of its fields, in order, None for one that is left out."""
+        logger, event = self._logger, self._event
+        if not logger.isEnabledFor(level):
+            return
+        handler, context = _only_handler(logger), _CONTEXT.get()
+        if handler is None or context is None:
+            log_event(logger, event, level=level, **dict(zip(self._names, values, strict=True)))
+            return
+        for index in self._foreign:
+            text = values[index]
+            if text is not None:
+                values[index] = clean_text(text)
+        line = self._make(
+            _timestamp(time.time()),
+            _level_name(level),
+            logger.name,
+            event,
+            context.request_id,
+            event,
+            *values,
+            context.correlation_id,
+            context.endpoint,
+            context.agent_id,
+            context.tool_name,
+        )
+        handler.write(_encode(line).decode() + "\n", at_once=level >= logging.WARNING)
+
+
+def configure_logging(
+    level: str = "info", stream: TextIO | None = None, *, exception_text: bool = False
+) -> logging.Handler:
     """Send every logger of the process, uvicorn's included, through one JSON handler, and return it.
 
+    ``exception_text``: lines may hold the texts of exceptions, which quote prompts and secrets at times.
     Calling it again replaces the handler. uvicorn's access log is switched off: ``http.request`` takes its place.
     """
-    handler = JsonHandler(stream)
+    handler = JsonHandler(stream, exception_text=exception_text)
     root = logging.getLogger()
     for old in [h for h in root.handlers if isinstance(h, JsonHandler)]:
         root.removeHandler(old)
@@ -109,34 +230,56 @@ def configure_logging(level: str = "info", stream: TextIO | None = None) -> logg
 
 
 class JsonHandler(logging.Handler):
-    """Writes each record as one JSON line and flushes it; a closed or full stream loses lines, never the request."""
+    """Writes each record as one JSON line; a closed or full stream loses lines, never the request.
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    Events below WARNING that are logged inside an event loop are written once it has gone round, together: a system
+    call for each line would cost more than the line.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, exception_text: bool = False) -> None:
         super().__init__()
+        self.exception_text = exception_text
         self._stream = stream
+        self._pending: list[str] = []
+        self._due: asyncio.AbstractEventLoop | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line."""
-        self.write(format_record(record))
+        self.write(format_record(record, exception_text=self.exception_text))
 
-    def write(self, line: str) -> None:
-        """Write a line, newline included."""
-        stream = self._stream or sys.stderr
-        try:
-            stream.write(line)
-            stream.flush()
-        except (OSError, ValueError):
-            return
+    def write(self, line: str, *, at_once: bool = True) -> None:
+        """Write a line, newline included, behind those that wait."""
+        self._pending.append(line)
+        loop = None if at_once else asyncio._get_running_loop()
+        if loop is None:
+            self.flush()
+        elif self._due is not loop:
+            self._due = loop
+            loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Write what waits."""
+        with self.lock or nullcontext():
+            self._due = None
+            pending, self._pending = self._pending, []
+            if not pending:
+                return
+            stream = self._stream or sys.stderr
+            try:
+                stream.write("".join(pending))
+                stream.flush()
+            except (OSError, ValueError):
+                return
 
 
-def format_record(record: logging.LogRecord) -> str:
-    """Return the JSON line of a record, newline included."""
+def format_record(record: logging.LogRecord, *, exception_text: bool = False) -> str:
+    """Return the JSON line of a record, newline included; see `configure_logging`."""
     if isinstance(record, _EventRecord):
         event, fields = record.event, record.fields
     else:
         event, fields = None, {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
     error = record.exc_info[1] if record.exc_info else None
-    return _line(record.created, record.levelno, record.name, event, record.getMessage(), error, fields)
+    return _line(record.created, record.levelno, record.name, event, record.getMessage(), error, fields, exception_text)
 
 
 def _only_handler(logger: logging.Logger) -> JsonHandler | None:
@@ -162,18 +305,19 @@ def _line(
     message: str,
     error: BaseException | None,
     fields: Mapping[str, Any],
+    exception_text: bool = False,
 ) -> str:
-    second = int(created)
+    context = _CONTEXT.get()
     line: dict[str, Any] = {
-        "timestamp": f"{_second(second)}.{int((created - second) * 1000):03d}Z",
+        "timestamp": _timestamp(created),
         "level": _level_name(level),
         "logger": logger,
         "event": event,
-        "request_id": _REQUEST_ID.get(),
+        "request_id": context.request_id if context is not None else None,
         "message": event if message is event else clean_text(message),
     }
     for name, value in fields.items():
-        if value is None:
+        if value is None or (name == "quote" and not exception_text):
             continue
         if name in line:
             name = f"field_{name}"
@@ -185,9 +329,16 @@ def _line(
             line[name] = value if value.isalnum() and len(value) <= _SHORT else clean_text(value)
         else:
             line[name] = _clean(name, value, 0)
+    if context is not None:
+        context.fill(line)
     if error is not None:
-        line["exception"] = _exception(error)
+        line["exception"] = _exception(error, exception_text)
     return _encode(line).decode() + "\n"
+
+
+def _timestamp(created: float) -> str:
+    second = int(created)
+    return f"{_second(second)}.{int((created - second) * 1000):03d}Z"
 
 
 def clean_text(text: str, longest: int = _LONGEST_TEXT) -> str:
@@ -287,10 +438,40 @@ def _clean(name: str, value: Any, depth: int) -> Any:
     return clean_text(str(value))
 
 
-def _exception(error: BaseException) -> dict[str, str]:
-    text = "".join(traceback.format_exception(error, limit=-40))
-    return {
-        "type": type(error).__name__,
-        "message": clean_text(str(error)),
-        "traceback": clean_text(text, _LONGEST_TRACEBACK),
-    }
+def _exception(error: BaseException, with_text: bool) -> dict[str, str]:
+    if with_text:
+        text = "".join(traceback.format_exception(error, limit=-40))
+        shown = clean_text(str(error))
+    else:
+        text, shown = _frames(error), _harmless_text(error)
+    return {"type": type(error).__name__, "message": shown, "traceback": clean_text(text, _LONGEST_TRACEBACK)}
+
+
+def _frames(error: BaseException) -> str:
+    """Return where an exception and those before it were raised; of their texts only the harmless."""
+    parts: list[str] = []
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        text = _harmless_text(current)
+        frames = "".join(traceback.format_tb(current.__traceback__, limit=-40))
+        parts.append(f"{frames}{type(current).__qualname__}{': ' if text else ''}{text}\n")
+        if isinstance(current, BaseExceptionGroup):
+            parts += [_frames(inner) for inner in current.exceptions[:_FEW]]
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+    return "\nwhich led to:\n".join(reversed(parts))
+
+
+def _harmless_text(error: BaseException) -> str:
+    """Return an exception's text if it is our own, or the system's word on a socket, a file or a database."""
+    if isinstance(error, GatewayError):
+        return clean_text(error.told)
+    if isinstance(error, OSError) and error.errno is not None:
+        return clean_text(f"[Errno {error.errno}] {error.strerror}")
+    if type(error).__name__ == "OperationalError" and type(error).__module__.partition(".")[0] in (
+        "psycopg",
+        "sqlite3",
+    ):
+        return clean_text(str(error))
+    return ""

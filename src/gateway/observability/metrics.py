@@ -6,20 +6,16 @@ an open label becomes ``other``.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeVar
 
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
-from prometheus_client.metrics_core import Metric
-from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST as CONTENT_TYPE_OPENMETRICS
-from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
-
+from gateway.observability.exposition import expose
 from gateway.observability.families import (
     LONGEST_LABEL,
     OTHER,
+    Count,
     CounterFamily,
+    Distribution,
     Family,
     GaugeFamily,
     HistogramFamily,
@@ -32,25 +28,41 @@ _FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 30
 _TOKENS = (16, 64, 256, 1_024, 4_096, 16_384, 65_536, 262_144, 1_048_576)
 _RELOAD_MS = (10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 30_000)
 
-_SAMPLES_PER_SLICE = 250
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_OK = 200
+_LAG_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30)
+_MOST_MODELS = 10_000
 _STATUSES = ("ready", "stale", "error")
 
 F = TypeVar("F", bound=Family[Any])
 
 
 class Metrics:
-    """Every counter of one process, in a registry of its own; used from the event loop.
+    """Every counter of one process, used from the event loop.
 
-    ``model`` is always a canonical id of the registry or of an upstream's model list, never what a client typed.
+    ``model`` of a run is shown as `show_models_as` was told: a name that exists, never one that a client made up.
     """
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+        self._label: Callable[[str], str | None] | None = None
+        self._shown_as: dict[str, str] = {}
+        self._run_children: dict[tuple[str, bool, str], tuple[Count, Count, Distribution]] = {}
+        self._token_children: dict[str, tuple[Distribution, Distribution]] = {}
+        self._upstream_children: dict[tuple[str, int | str], tuple[Count, Distribution, Distribution]] = {}
+        self._http_children: dict[tuple[str, str, int], tuple[Count, Distribution]] = {}
         self.families: list[Family[Any]] = []
         self._snapshot = _Snapshot()
         self._define_ours()
         self._define_genai()
+
+    def show_models_as(self, label: Callable[[str], str | None]) -> None:
+        """Count runs under what ``label`` makes of their models; None is shown as ``other``."""
+        self._label = label
+        self._forget()
+
+    def forget_models(self) -> None:
+        """Ask for the labels of models anew: which models exist has changed."""
+        self._forget()
 
     def run_started(self, model: str) -> None:
         """Count a run as in flight; every call is followed by one of `run_finished`."""
@@ -59,25 +71,28 @@ class Metrics:
     def run_finished(self, model: str, streaming: bool, outcome: str, seconds: float) -> None:
         """Record a run that ended. ``outcome`` is ``success``, ``failure`` or ``cancelled``."""
         milliseconds = seconds * 1000
-        self._in_flight.child().dec()
-        self._requests.child("true" if streaming else "false").inc()
+        bound = self._run_children.get((model, streaming, outcome)) or self._bind_run(model, streaming, outcome)
+        requests, runs, duration = bound
+        requests.value += 1
+        runs.value += 1
+        duration.observe(seconds)
+        self._in_flight.child().value -= 1
         self._request_ms.child().observe(milliseconds)
-        self._runs.child(model, outcome).inc()
-        self._genai_duration.child("chat", model).observe(seconds)
         self._snapshot.request(streaming, milliseconds)
 
     def first_token(self, model: str, seconds: float) -> None:
         """Record the time from admission to the first event of a run."""
-        self._genai_first_token.child("chat", model).observe(seconds)
+        self._genai_first_token.child("chat", self._shown(model)).observe(seconds)
 
     def tokens(self, model: str, input_tokens: int, output_tokens: int) -> None:
         """Record what a run used, summed over its model calls."""
-        self._genai_tokens.child("chat", model, "input").observe(input_tokens)
-        self._genai_tokens.child("chat", model, "output").observe(output_tokens)
+        read, written = self._token_children.get(model) or self._bind_tokens(model)
+        read.observe(input_tokens)
+        written.observe(output_tokens)
 
     def cost(self, operation: str, model: str, upstream: str, usd: float) -> None:
         """Record what one model call of a run for ``model`` cost; ``upstream`` answered it."""
-        self._genai_cost.child(operation, model, upstream).inc(usd)
+        self._genai_cost.child(operation, self._shown(model), upstream).inc(usd)
 
     def tool_invoked(self, tool: str, provider: str, source: str, status: str, seconds: float) -> None:
         """Record one call of a tool.
@@ -92,20 +107,39 @@ class Metrics:
 
     def upstream_request(self, upstream: str, status: int | str, seconds: float) -> None:
         """Record one request to an upstream by its configured name; ``status`` is HTTP's, or a word (``timeout`` …)."""
-        self._upstream.child(upstream, str(status)).inc()
-        self._upstream_ms.child(upstream).observe(seconds * 1000)
+        count, times, spans = self._upstream_children.get((upstream, status)) or self._bind_upstream(upstream, status)
+        count.value += 1
+        times.observe(seconds * 1000)
+        spans.observe(seconds)
 
     def routing_attempt(self, upstream: str, outcome: str) -> None:
         """Record one try at an upstream; ``outcome`` is ``success``, ``cancelled`` or the kind of the failure."""
         self._routing_attempts.child(upstream, outcome).inc()
 
     def routing_retry_suppressed(self, upstream: str) -> None:
-        """Count a retry that the retry budget did not allow."""
+        """Count a further try that the retry budget did not allow."""
         self._routing_suppressed.child(upstream).inc()
+
+    def routing_hedge(self, upstream: str, outcome: str) -> None:
+        """Count a hedge by the upstream that was asked too: ``won``, ``lost``, ``failed`` or ``cancelled``."""
+        self._routing_hedges.child(upstream, outcome).inc()
 
     def routing_breaker(self, upstream: str, model: str, state: int) -> None:
         """Set the state of a breaker: 0 closed, 1 half-open, 2 open."""
         self._routing_breaker.child(upstream, model).set(state)
+
+    def cache_request(self, model: str, result: str) -> None:
+        """Count a request for a model that has a cache: ``hit``, ``joined`` (another's call), ``miss``, ``bypass``."""
+        self._cache_requests.child(self._shown(model), result).inc()
+
+    def cache_error(self, backend: str) -> None:
+        """Count a command to a cache that failed; the request went on without."""
+        self._cache_errors.child(backend).inc()
+
+    def cache_memory(self, entries: int, size: int) -> None:
+        """Set what the cache keeps in this process: answers, and their bytes."""
+        self._cache_entries.child().set(entries)
+        self._cache_bytes.child().set(size)
 
     def dropin_failure(self, kind: str) -> None:
         """Count a drop-in that did not load, by the kind of its diagnostic."""
@@ -123,35 +157,105 @@ class Metrics:
 
     def http_request(self, route: str, method: str, status: int, seconds: float) -> None:
         """Record one HTTP answer by its route template; a client that left before one has status 0, shown as 499."""
-        method = method if method in _METHODS else OTHER
-        self._http.child(route, method, str(status or 499)).inc()
-        self._http_ms.child(route).observe(seconds * 1000)
+        count, times = self._http_children.get((route, method, status)) or self._bind_http(route, method, status)
+        count.value += 1
+        times.observe(seconds * 1000)
+
+    def loop_lag(self, seconds: float) -> None:
+        """Record how late the event loop came to something that was due."""
+        self._loop_lag.child().observe(seconds)
 
     def error(self, domain: str, code: str) -> None:
         """Count an error shown to a caller, by the domain at fault and its code."""
         self._errors.child(domain, code).inc()
 
+    def limit_rejected(self, limit: str, scope: str) -> None:
+        """Count a refusal by a limit (``requests``, ``tokens``, ``runs``, ``cost``) of a scope; or of its ``store``."""
+        self._limit_rejections.child(limit, scope).inc()
+
+    def limit_unchecked(self, store: str) -> None:
+        """Count what passed a speed limit because the store of the limits did not answer."""
+        self._limit_unchecked.child(store).inc()
+
+    def limit_store_failed(self, store: str) -> None:
+        """Count a question that the store of the limits did not answer."""
+        self._limit_store_errors.child(store).inc()
+
+    def limit_leases(self, count: int) -> None:
+        """Set how many blocks of limits this process has leased and not used up."""
+        self._limit_leases.child().set(count)
+
+    def budget_alert(self, outcome: str) -> None:
+        """Count a budget alert; ``outcome`` is ``delivered``, ``retried`` or ``failed``."""
+        self._budget_alerts.child(outcome).inc()
+
+    def usage_rows(self, outcome: str, count: int) -> None:
+        """Count rows of the usage ledger; ``outcome`` is ``written`` or ``dropped``."""
+        self._usage_rows.child(outcome).inc(count)
+
+    def trace_spans(self, outcome: str, count: int) -> None:
+        """Count spans of traces: ``sent``, ``failed`` (the collector did not take them), ``dropped`` (too many)."""
+        self._trace_spans.child(outcome).inc(count)
+
     def snapshot(self) -> dict[str, Any]:
         """Return the totals since the start as plain JSON values (`GET /metrics`)."""
         return self._snapshot.as_json()
 
-    async def render(self, *, openmetrics: bool = False) -> tuple[bytes, str]:
-        """Return the exposition and its content type.
+    def export_summary(self) -> dict[str, Any]:
+        """Return what `snapshot` is made of, for `absorb_summary` of another process's metrics."""
+        return self._snapshot.export()
 
-        Written in slices with a turn of the event loop between them: in one piece, a thousand label sets would hold
-        up every stream of the process for a tenth of a second.
-        """
-        write: Callable[[Any], bytes] = generate_openmetrics if openmetrics else generate_latest
-        parts: list[bytes] = []
-        for family in self.families:
-            for metric in family.collect():
-                for index, piece in enumerate(_slices(metric)):
-                    text = write(piece)
-                    parts.append(_without_comments(text) if index else text.removesuffix(b"# EOF\n"))
-                    await asyncio.sleep(0)
-        if openmetrics:
-            parts.append(b"# EOF\n")
-        return b"".join(parts), CONTENT_TYPE_OPENMETRICS if openmetrics else CONTENT_TYPE_PLAIN_0_0_4
+    def absorb_summary(self, summary: Mapping[str, Any]) -> None:
+        """Add what another process has exported."""
+        self._snapshot.absorb(summary)
+
+    def render(self, *, openmetrics: bool = False) -> AsyncIterator[bytes]:
+        """Return the exposition in pieces; see `expose`."""
+        return expose(self.families, openmetrics=openmetrics)
+
+    def _shown(self, model: str) -> str:
+        shown = self._shown_as.get(model)
+        if shown is None:
+            if len(self._shown_as) >= _MOST_MODELS:
+                self._forget()
+            shown = self._shown_as[model] = model if self._label is None else self._label(model) or OTHER
+        return shown
+
+    def _forget(self) -> None:
+        self._shown_as.clear()
+        self._run_children.clear()
+        self._token_children.clear()
+
+    # What a call counts with, found once for all calls that are alike.
+
+    def _bind_run(self, model: str, streaming: bool, outcome: str) -> tuple[Count, Count, Distribution]:
+        shown = self._shown(model)
+        bound = (
+            self._requests.child("true" if streaming else "false"),
+            self._runs.child(shown, outcome),
+            self._genai_duration.child("chat", shown),
+        )
+        self._run_children[model, streaming, outcome] = bound
+        return bound
+
+    def _bind_tokens(self, model: str) -> tuple[Distribution, Distribution]:
+        shown = self._shown(model)
+        child = self._genai_tokens.child
+        bound = self._token_children[model] = child("chat", shown, "input"), child("chat", shown, "output")
+        return bound
+
+    def _bind_upstream(self, upstream: str, status: int | str) -> tuple[Count, Distribution, Distribution]:
+        calls = self._genai_calls.child(upstream, "" if status == _OK else str(status))
+        bound = self._upstream.child(upstream, str(status)), self._upstream_ms.child(upstream), calls
+        self._upstream_children[upstream, status] = bound
+        return bound
+
+    def _bind_http(self, route: str, method: str, status: int) -> tuple[Count, Distribution]:
+        shown = method if method in METHODS else OTHER
+        bound = self._http.child(route, shown, str(status or 499)), self._http_ms.child(route)
+        if shown is method:  # a method that a client makes up is looked up each time
+            self._http_children[route, method, status] = bound
+        return bound
 
     def _define_ours(self) -> None:
         self._requests = self._counter("requests", "Runs that ended.", "streaming")
@@ -172,13 +276,22 @@ class Metrics:
             "routing_attempts", "Tries of model calls, by how they ended.", "upstream", "outcome"
         )
         self._routing_suppressed = self._counter(
-            "routing_retries_suppressed", "Retries that the retry budget did not allow.", "upstream"
+            "routing_retries_suppressed", "Further tries that the retry budget did not allow.", "upstream"
+        )
+        self._routing_hedges = self._counter(
+            "routing_hedges", "Second requests beside a slow one, by how they ended.", "upstream", "outcome"
         )
         self._routing_breaker = self._gauge(
-            "routing_breaker_state", "Breaker: 0 closed, 1 half-open, 2 open.", "upstream", "model"
+            "routing_breaker_state", "Breaker: 0 closed, 1 half-open, 2 open.", "upstream", "model", is_common=True
         )
+        self._cache_requests = self._counter(
+            "cache_requests", "Requests for models that have a cache, by what it did.", "model", "result"
+        )
+        self._cache_errors = self._counter("cache_errors", "Commands to a cache that failed.", "backend")
+        self._cache_entries = self._gauge("cache_entries", "Answers kept in this process.")
+        self._cache_bytes = self._gauge("cache_bytes", "Bytes of the answers kept in this process.")
         self._dropins = self._counter("dropin_failures", "Drop-ins that did not load.", "kind")
-        self._agents = self._gauge("agents", "Agents in the registry.", "status")
+        self._agents = self._gauge("agents", "Agents in the registry.", "status", is_common=True)
         self._reload_ms = self._histogram(
             "agents_refresh_duration_ms", "Duration of a refresh of the registry, ms.", _RELOAD_MS, "outcome"
         )
@@ -186,6 +299,18 @@ class Metrics:
         self._http_ms = self._histogram(
             "http_request_latency_ms", "Duration of an HTTP request, ms.", _REQUEST_MS, "route"
         )
+        self._limit_rejections = self._counter("limit_rejections", "Refusals by limits.", "limit", "scope")
+        self._limit_unchecked = self._counter(
+            "limit_unchecked", "Runs that passed a speed limit while its store was down.", "store"
+        )
+        self._limit_store_errors = self._counter(
+            "limit_store_errors", "Questions that the store of the limits did not answer.", "store"
+        )
+        self._limit_leases = self._gauge("limit_leases", "Blocks of limits that are leased and not used up.")
+        self._budget_alerts = self._counter("budget_alerts", "Budget alerts.", "outcome")
+        self._usage_rows = self._counter("usage_rows", "Rows of the usage ledger, by what became of them.", "outcome")
+        self._loop_lag = self._histogram("event_loop_lag_seconds", "How late the event loop is, s.", _LAG_S)
+        self._trace_spans = self._counter("trace_spans", "Spans of traces, by what became of them.", "outcome")
         self._errors = self._counter("errors", "Errors shown to callers, by domain at fault.", "domain", "code")
 
     def _define_genai(self) -> None:
@@ -195,6 +320,14 @@ class Metrics:
         )
         self._genai_cost = self._keep(
             CounterFamily("gen_ai_client_cost", "Cost of model calls, USD.", (*labels, "provider_name"))
+        )
+        self._genai_calls = self._histogram(
+            "gen_ai_client_operation_duration",
+            "Duration of a request to an upstream, s.",
+            _SECONDS,
+            "provider_name",
+            "error_type",
+            prefix="",
         )
         self._genai_duration = self._histogram(
             "gen_ai_server_request_duration", "Duration of a run, s.", _SECONDS, *labels, prefix=""
@@ -210,8 +343,8 @@ class Metrics:
     def _counter(self, name: str, doc: str, *labels: str) -> CounterFamily:
         return self._keep(CounterFamily(f"agent_gateway_{name}", doc, labels))
 
-    def _gauge(self, name: str, doc: str, *labels: str) -> GaugeFamily:
-        return self._keep(GaugeFamily(f"agent_gateway_{name}", doc, labels))
+    def _gauge(self, name: str, doc: str, *labels: str, is_common: bool = False) -> GaugeFamily:
+        return self._keep(GaugeFamily(f"agent_gateway_{name}", doc, labels, is_common=is_common))
 
     def _histogram(
         self, name: str, doc: str, buckets: tuple[float, ...], *labels: str, prefix: str = "agent_gateway_"
@@ -219,7 +352,6 @@ class Metrics:
         return self._keep(HistogramFamily(f"{prefix}{name}", doc, labels, buckets))
 
     def _keep(self, family: F) -> F:
-        self.registry.register(family)
         self.families.append(family)
         return family
 
@@ -256,6 +388,37 @@ class _Snapshot:
         totals.failures += failed
         totals.milliseconds += milliseconds
 
+    def export(self) -> dict[str, Any]:
+        return {
+            "numbers": [self.requests, self.streaming, self.total_ms, self.invocations, self.failures, self.tool_ms],
+            "max_ms": self.max_ms,
+            "min_ms": self.min_ms,
+            "tools": [
+                [*key, totals.provider, totals.count, totals.failures, totals.milliseconds]
+                for key, totals in self.tools.items()
+            ],
+            "dropin_failures": dict(self.dropin_failures),
+        }
+
+    def absorb(self, other: Mapping[str, Any]) -> None:
+        requests, streaming, total_ms, invocations, failures, tool_ms = other["numbers"]
+        self.requests += requests
+        self.streaming += streaming
+        self.total_ms += total_ms
+        self.invocations += invocations
+        self.failures += failures
+        self.tool_ms += tool_ms
+        self.max_ms = max(self.max_ms, other["max_ms"])
+        if other["min_ms"] is not None:
+            self.min_ms = other["min_ms"] if self.min_ms is None else min(self.min_ms, other["min_ms"])
+        for tool, source, provider, count, failed, milliseconds in other["tools"]:
+            totals = self.tools.setdefault((tool, source), _ToolTotals(provider))
+            totals.count += count
+            totals.failures += failed
+            totals.milliseconds += milliseconds
+        for kind, count in other["dropin_failures"].items():
+            self.dropin_failures[kind] = self.dropin_failures.get(kind, 0) + count
+
     def as_json(self) -> dict[str, Any]:
         breakdown: dict[str, dict[str, Any]] = {}
         for (tool, source), totals in self.tools.items():
@@ -286,28 +449,6 @@ class _ToolTotals:
         self.provider = provider
         self.count = self.failures = 0
         self.milliseconds = 0.0
-
-
-class _Piece:
-    """As much of a registry as the exposition writers ask for: one slice of one metric."""
-
-    def __init__(self, metric: Metric) -> None:
-        self._metric = metric
-
-    def collect(self) -> Iterable[Metric]:
-        return (self._metric,)
-
-
-def _slices(metric: Metric) -> Iterable[Any]:
-    samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
-    for start in range(0, max(len(samples), 1), _SAMPLES_PER_SLICE):
-        piece = Metric(metric.name, metric.documentation, metric.type, metric.unit)
-        piece.samples = samples[start : start + _SAMPLES_PER_SLICE]
-        yield _Piece(piece)
-
-
-def _without_comments(text: bytes) -> bytes:
-    return b"".join(line for line in text.splitlines(keepends=True) if not line.startswith(b"#"))
 
 
 def _mean(total: float, count: int) -> float:

@@ -15,6 +15,7 @@ agents:
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,6 +29,8 @@ from gateway.registry.entry import AgentOptions
 from gateway.registry.loading import Declaration, DropIn
 from gateway.registry.registry import slugify
 
+_TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}$")]
 
 
@@ -40,12 +43,22 @@ class DeclaredDefaults(Struct, frozen=True, kw_only=True):
 
 
 class DeclaredMetadata(Struct, frozen=True, kw_only=True):
-    """Limits of one agent. ``max_tool_hops: 0`` runs no tool; ``max_completion_tokens`` also caps the request's."""
+    """Limits of one agent. ``max_tool_hops: 0`` runs no tool; ``max_completion_tokens`` also caps the request's.
+
+    Those from ``max_turns`` on are of a run over all the agents that it reaches.
+    """
 
     max_tool_hops: Annotated[int, Meta(ge=0)] | None = None
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
     tool_choice: str | None = None
     owned_by: str | None = None
+    max_turns: Annotated[int, Meta(ge=1)] | None = None
+    timeout_s: Annotated[float, Meta(gt=0)] | None = None
+    max_depth: Annotated[int, Meta(ge=0)] | None = None
+    max_model_calls: Annotated[int, Meta(ge=1)] | None = None
+    max_tool_calls: Annotated[int, Meta(ge=0)] | None = None
+    max_total_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_cost_usd: Annotated[float, Meta(gt=0, le=1_000_000)] | None = None
 
 
 class DeclaredAgent(Struct, frozen=True, kw_only=True):
@@ -105,11 +118,11 @@ def _declare(agent: DeclaredAgent, defaults: DeclaredDefaults, path: Path, line:
         raise ConfigError(f"{where}: module belongs to kind: sdk; remove it, or write kind: sdk.")
     if agent.kind == "sdk" and agent.module is None:
         raise ConfigError(f'{where}: module is missing; write module: "package.module:attribute".')
-    if agent.tools:
-        raise ConfigError(
-            f"{where}: tools names gateway tools ({', '.join(agent.tools)}), and this gateway has no tool manager to "
-            "resolve them; remove it, or write the agent in Python with tools of its own."
-        )
+    if agent.tools and agent.kind == "sdk":
+        raise ConfigError(f"{where}: tools belongs to declarative agents; name them in Python: gateway_tool(...).")
+    wrong = next((name for name in agent.tools if not _TOOL_NAME.fullmatch(name)), None)
+    if wrong is not None:
+        raise ConfigError(f"{where}: tools: {wrong!r} is no name of a tool; tools.yaml and GET /tools have them.")
     slug = slugify(agent.name)
     namespace = slugify(agent.namespace) if agent.namespace else str(defaults.namespace)
     return Declaration(
@@ -127,9 +140,17 @@ def _declare(agent: DeclaredAgent, defaults: DeclaredDefaults, path: Path, line:
             upstream=agent.upstream or defaults.upstream,
             max_tool_hops=agent.metadata.max_tool_hops,
             max_completion_tokens=agent.metadata.max_completion_tokens,
+            max_turns=agent.metadata.max_turns,
+            timeout_s=agent.metadata.timeout_s,
+            max_depth=agent.metadata.max_depth,
+            max_model_calls=agent.metadata.max_model_calls,
+            max_tool_calls=agent.metadata.max_tool_calls,
+            max_total_tokens=agent.metadata.max_total_tokens,
+            max_cost_usd=agent.metadata.max_cost_usd,
         ),
         instructions=agent.instructions,
         tool_choice=agent.metadata.tool_choice,
+        tools=tuple(dict.fromkeys(agent.tools)),
         owned_by=agent.metadata.owned_by,
         dropin=_dropin(agent.module, namespace, slug, path, where) if agent.module is not None else None,
     )

@@ -36,7 +36,11 @@ class Diagnostic:
 
 @dataclass(frozen=True, slots=True)
 class AgentOptions:
-    """What ``__gateway__`` or ``agents.yaml`` says about an agent; None means the gateway's default."""
+    """What ``__gateway__`` or ``agents.yaml`` says about an agent; None means the gateway's default.
+
+    ``max_depth`` to ``max_cost_usd`` hold for a run of this agent over all the agents it reaches; the settings
+    ``GATEWAY_RUN_MAX_…`` where they are lower.
+    """
 
     namespace: str | None = None
     display_name: str | None = None
@@ -47,6 +51,11 @@ class AgentOptions:
     max_tool_hops: int | None = None
     max_completion_tokens: int | None = None
     timeout_s: float | None = None
+    max_depth: int | None = None
+    max_model_calls: int | None = None
+    max_tool_calls: int | None = None
+    max_total_tokens: int | None = None
+    max_cost_usd: float | None = None
     expose: bool = True
     client_tools: ClientTools | None = None
     stream_mode: StreamMode = "auto"

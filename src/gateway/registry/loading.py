@@ -45,7 +45,10 @@ class DropIn:
 
 @dataclass(frozen=True, slots=True)
 class Declaration:
-    """One agent of `agents.yaml`, defaults applied. ``dropin`` is set for ``kind: sdk``, and None for declarative."""
+    """One agent of `agents.yaml`, defaults applied. ``dropin`` is set for ``kind: sdk``, and None for declarative.
+
+    ``tools`` are names of the gateway's tools.
+    """
 
     namespace: str
     slug: str
@@ -56,6 +59,7 @@ class Declaration:
     options: AgentOptions
     instructions: str | None = None
     tool_choice: str | None = None
+    tools: tuple[str, ...] = ()
     owned_by: str | None = None
     dropin: DropIn | None = None
 

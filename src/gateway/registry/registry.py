@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -22,12 +22,17 @@ def slugify(text: str) -> str:
 class Registry:
     """Every agent by id, and by the shorter names that are unique.
 
-    ``rejected`` holds entries whose id is taken by another one: listed with their diagnostic, never found.
+    ``names`` has every name that means one agent to everybody; ``shorter`` those that are no id, with the agents that
+    bear it as their bare name and as an alias. ``rejected`` holds entries whose id is taken by another one: listed with
+    their diagnostic, never found.
     """
 
     entries: Mapping[str, AgentEntry] = field(default_factory=lambda: MappingProxyType({}))
     rejected: tuple[AgentEntry, ...] = ()
     names: Mapping[str, AgentEntry] = field(default_factory=lambda: MappingProxyType({}), repr=False)
+    shorter: Mapping[str, tuple[list[AgentEntry], list[AgentEntry]]] = field(
+        default_factory=lambda: MappingProxyType({}), repr=False
+    )
     ordered: tuple[AgentEntry, ...] = field(default=(), repr=False)
 
     @classmethod
@@ -43,14 +48,23 @@ class Registry:
             if holder is not entry:
                 rejected.append(_reject(entry, holder))
         names = dict(served)
-        for tier in (lambda e: (e.name,), lambda e: e.aliases):
-            offered = [(name, entry) for entry in served.values() for name in {*tier(entry)}]
+        shorter: dict[str, tuple[list[AgentEntry], list[AgentEntry]]] = {}
+        tiers: tuple[Callable[[AgentEntry], Iterable[str]], ...] = (lambda e: (e.name,), lambda e: e.aliases)
+        for rank, names_of in enumerate(tiers):
+            offered = [(name, entry) for entry in served.values() for name in {*names_of(entry)}]
             times = Counter(name for name, _ in offered)
             for name, entry in offered:
+                shorter.setdefault(name, ([], []))[rank].append(entry)
                 if times[name] == 1:
                     names.setdefault(name, entry)
         ordered = sorted([*served.values(), *rejected], key=lambda entry: (entry.id, entry.file or ""))
-        return cls(MappingProxyType(served), tuple(rejected), MappingProxyType(names), tuple(ordered))
+        return cls(
+            MappingProxyType(served),
+            tuple(rejected),
+            MappingProxyType(names),
+            MappingProxyType(shorter),
+            tuple(ordered),
+        )
 
     def find(self, name: str) -> AgentEntry | None:
         """Return the entry of an id, a unique bare name or a unique alias; ASCII case does not matter."""
@@ -58,6 +72,25 @@ class Registry:
         if found is None and name.isascii():
             found = self.names.get(name.lower())
         return found
+
+    def find_reached(self, name: str, reaches: Callable[[str], bool]) -> AgentEntry | None:
+        """Return the entry of an id, or the only one of a bare name, or of an alias, that the caller reaches.
+
+        ``reaches`` is asked for the ids that share a shorter name, so that an agent which a caller may not know of
+        neither takes the name from another one nor shows that it is there.
+        """
+        found = self.entries.get(name)
+        tiers = self.shorter.get(name) if found is None else None
+        if found is None and tiers is None and name.isascii():
+            lower = name.lower()
+            found, tiers = self.entries.get(lower), self.shorter.get(lower)
+        if found is not None or tiers is None:
+            return found
+        for tier in tiers:
+            reached = [entry for entry in tier if reaches(entry.id)]
+            if len(reached) == 1:
+                return reached[0]
+        return None
 
     def list_entries(self) -> Sequence[AgentEntry]:
         """Return all entries, sorted by id; those in error and the rejected ones included."""

@@ -70,6 +70,17 @@ class CooldownRules(Struct, frozen=True, kw_only=True):
     longest_s: Annotated[float, Meta(gt=0)] = 60.0
 
 
+class HedgeRules(Struct, frozen=True, kw_only=True):
+    """When a second target is asked because the first one is slow: at most once per call, within ``retry_budget``.
+
+    ``after_s`` without a first byte; or after ``percentile`` of the target's latest first-byte times, never sooner than
+    ``after_s`` where both are given. Until 20 times are known, ``after_s`` alone counts.
+    """
+
+    after_s: Annotated[float, Meta(gt=0)] | None = None
+    percentile: Annotated[float, Meta(ge=50, lt=100)] | None = None
+
+
 class TargetRow(Struct, frozen=True, kw_only=True):
     """One target: ``model`` is ``upstream/model``; ``weight`` counts for ``weighted`` and ``least_busy``."""
 
@@ -90,10 +101,11 @@ class ModelRouting(Struct, frozen=True, kw_only=True):
     context_length_fallbacks: tuple[str, ...] = ()
     content_policy_fallbacks: tuple[str, ...] = ()
     retry: RetryRules | None = None
+    hedge: HedgeRules | None = None
 
 
 class RoutingConfig(Struct, frozen=True, kw_only=True):
-    """The file. ``retry_budget`` is the share of an upstream model's requests that may be retries."""
+    """The file. ``retry_budget``: how many further tries may go out, as a share of the calls that begin at a target."""
 
     version: Literal[1] = 1
     models: dict[str, ModelRouting] = {}
@@ -114,6 +126,7 @@ def load_routing(settings: Settings, upstreams: Collection[str]) -> RoutingConfi
             raise ConfigError(f"{where}: a model name has letters, digits and . _ : / - only.")
         for row in model.targets:
             _check(row.model, upstreams, f"{where}: targets")
+        _check_hedge(model, where)
         if not model.targets:
             _check(name, upstreams, f"{where} has no targets, so it is not a virtual model; then its name")
         for key in ("fallbacks", "context_length_fallbacks", "content_policy_fallbacks"):
@@ -122,6 +135,16 @@ def load_routing(settings: Settings, upstreams: Collection[str]) -> RoutingConfi
                 if virtual is None or not virtual.targets:
                     _check(other, upstreams, f"{where}: {key}")
     return config
+
+
+def _check_hedge(model: ModelRouting, where: str) -> None:
+    hedge = model.hedge
+    if hedge is None:
+        return
+    if hedge.after_s is None and hedge.percentile is None:
+        raise ConfigError(f"{where}: hedge needs after_s (seconds), percentile (50 up to 100), or both.")
+    if len(model.targets) < 2:
+        raise ConfigError(f"{where}: hedge asks a second target, so the model needs two targets at least.")
 
 
 def _check(model_id: str, upstreams: Collection[str], where: str) -> None:

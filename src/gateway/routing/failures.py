@@ -32,6 +32,9 @@ Kind = Literal[
 RETRIED = frozenset({"connect", "timeout", "rate_limit", "server_error", "malformed", "incomplete"})
 """Kinds for which asking the same target again may help; for ``refused``, only another target can."""
 
+ELSEWHERE = RETRIED | {"refused"}
+"""Kinds for which asking another target may help."""
+
 _POLICY_CODES = frozenset({"content_filter", "content_policy_violation", "responsible_ai_policy_violation"})
 
 

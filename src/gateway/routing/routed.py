@@ -2,45 +2,49 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncGenerator, Mapping
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import aclosing
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
+from gateway.chat import CHAT_PATH
 from gateway.errors import GatewayError
 from gateway.events import Routed
 from gateway.routing.call import Route, RoutedCall
-from gateway.routing.targets import OnHead, TargetConfig
+from gateway.routing.hedging import ask_hedged, may_hedge
+from gateway.routing.strategies import Candidate
+from gateway.routing.targets import OnHead, Target, TargetConfig, TargetStream
 
-CHAT_PATH = "/chat/completions"
+T = TypeVar("T")
 
 
-class StartedStream:
-    """An answer whose first event is there; ``async with`` it, and read `first`, then `events`.
+class RoutedStream:
+    """A streamed answer that has begun; leaving ``async with`` closes its socket and tells routing how it went."""
 
-    ``events`` is the upstream's own generator: nothing stands between it and the reader. ``first`` is None where the
-    answer ended without an event. Leaving the block closes the socket and tells routing how it went.
-    """
+    __slots__ = ("_call", "_stream", "first", "pipe", "read", "release")
 
-    __slots__ = ("_call", "events", "first")
+    def __init__(self, stream: TargetStream, call: RoutedCall) -> None:
+        self._stream, self._call = stream, call
+        # The upstream's own: nothing stands between it and the reader.
+        self.first, self.read, self.pipe, self.release = stream.first, stream.read, stream.pipe, stream.release
 
-    def __init__(self, first: bytes | None, events: AsyncGenerator[bytes, None], call: RoutedCall) -> None:
-        self.first, self.events = first, events
-        self._call = call
-
-    async def __aenter__(self) -> StartedStream:
+    async def __aenter__(self) -> RoutedStream:
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self._call.succeeded()
-        elif isinstance(error, GatewayError):
-            self._call.failed(error)
-        else:
-            self._call.abandoned()
-        await self.events.aclose()
+        self._call.ended(error)
+        await self._stream.__aexit__(kind, error, trace)
+
+
+class LostHedge(NamedTuple):
+    """A request that was given up because another was faster; its upstream may count the input all the same."""
+
+    upstream: str
+    model: str
+    body_bytes: int
 
 
 class RoutedUpstream:
@@ -65,7 +69,7 @@ class RoutedUpstream:
     def decision(self) -> Routed | None:
         """Who serves the latest call, at which try; None before any."""
         call = self.call
-        return Routed(call.candidate.target.name, call.attempts) if call is not None else None
+        return Routed(call.candidate.target.name, call.attempts, call.hedged) if call is not None else None
 
     @property
     def name(self) -> str:
@@ -77,6 +81,14 @@ class RoutedUpstream:
         """Upstream and model that serve the latest call; before any, the first target's."""
         candidate = self.call.candidate if self.call is not None else self._route.candidates[0]
         return candidate.target.name, candidate.model
+
+    @property
+    def lost(self) -> LostHedge | None:
+        """Who was asked beside the upstream that serves the latest call, and was given up; None if nobody was."""
+        if self.call is None or self.call.lost is None:
+            return None
+        candidate, body_bytes = self.call.lost
+        return LostHedge(candidate.target.name, candidate.model, body_bytes)
 
     @property
     def api(self) -> Literal["chat", "responses"]:
@@ -104,13 +116,26 @@ class RoutedUpstream:
     ) -> bytes:
         """Send one JSON request and return the JSON answer of whoever gave one."""
         self.call = call = RoutedCall(self._route)
+        hedges = self._route.hedge is not None and may_hedge(path, body)
         while True:
             call.begin()
-            started = time.perf_counter()
             try:
-                answer = await call.candidate.target.post(
-                    path, call.body(body), request_id=request_id, headers=headers, on_head=on_head
-                )
+                if hedges and not call.hedged:
+                    answer = await self._hedged(
+                        call,
+                        lambda target: target.post,
+                        _drop_answer,
+                        path,
+                        body,
+                        request_id,
+                        headers,
+                        on_head,
+                        streamed=False,
+                    )
+                else:
+                    answer = await call.candidate.target.post(
+                        path, call.body(path, body), request_id=request_id, headers=headers, on_head=on_head
+                    )
             except GatewayError as error:
                 if not await call.goes_on(error):
                     raise
@@ -118,7 +143,7 @@ class RoutedUpstream:
                 call.abandoned()
                 raise
             else:
-                call.answered(time.perf_counter() - started)
+                call.answered()
                 call.succeeded()
                 return answer
 
@@ -130,17 +155,29 @@ class RoutedUpstream:
         request_id: str | None = None,
         headers: Mapping[str, str] | None = None,
         on_head: OnHead | None = None,
-    ) -> StartedStream:
-        """Send one streamed request and return with the first event; whatever fails later is not tried again."""
+    ) -> RoutedStream:
+        """Send one streamed request and return with its first events; whatever fails later is not tried again."""
         self.call = call = RoutedCall(self._route)
+        hedges = self._route.hedge is not None and may_hedge(path, body)
         while True:
             call.begin()
-            started = time.perf_counter()
-            events = call.candidate.target.stream(
-                path, call.body(body), request_id=request_id, headers=headers, on_head=on_head
-            )
             try:
-                first = await anext(events, None)
+                if hedges and not call.hedged:
+                    stream = await self._hedged(
+                        call,
+                        lambda target: target.start,
+                        _drop_stream,
+                        path,
+                        body,
+                        request_id,
+                        headers,
+                        on_head,
+                        streamed=True,
+                    )
+                else:
+                    stream = await call.candidate.target.start(
+                        path, call.body(path, body), request_id=request_id, headers=headers, on_head=on_head
+                    )
             except GatewayError as error:
                 if not await call.goes_on(error):
                     raise
@@ -148,8 +185,38 @@ class RoutedUpstream:
                 call.abandoned()
                 raise
             else:
-                call.answered(time.perf_counter() - started)
-                return StartedStream(first, events, call)
+                call.answered()
+                return RoutedStream(stream, call)
+
+    async def _hedged(
+        self,
+        call: RoutedCall,
+        method: Callable[[Target], Callable[..., Coroutine[Any, Any, T]]],
+        drop: Callable[[T], Awaitable[None]],
+        path: str,
+        body: bytes,
+        request_id: str | None,
+        headers: Mapping[str, str] | None,
+        on_head: OnHead | None,
+        *,
+        streamed: bool,
+    ) -> T:
+        """Ask the present target, and a second one if that is late; ``on_head`` hears of the one that answers."""
+        heads: dict[str, tuple[int, Mapping[bytes, bytes]]] = {}
+
+        async def ask(candidate: Candidate) -> T:
+            def keep(status: int, fields: Mapping[bytes, bytes]) -> None:
+                heads[candidate.id] = (status, fields)
+
+            send = method(candidate.target)
+            given = call.body(path, body, candidate)
+            return await send(path, given, request_id=request_id, headers=headers, on_head=keep)
+
+        answer = await ask_hedged(call, ask, drop, streamed=streamed, body_bytes=len(body))
+        head = heads.get(call.candidate.id)
+        if head is not None and on_head is not None:
+            on_head(*head)
+        return answer
 
     async def stream(
         self,
@@ -161,11 +228,12 @@ class RoutedUpstream:
         on_head: OnHead | None = None,
     ) -> AsyncGenerator[bytes, None]:
         """Yield the payload of each event as it comes."""
-        async with await self.start(path, body, request_id=request_id, headers=headers, on_head=on_head) as started:
-            if started.first is not None:
-                yield started.first
-            async for data in started.events:
-                yield data
+        async with await self.start(path, body, request_id=request_id, headers=headers, on_head=on_head) as stream:
+            events = stream.first
+            while events:
+                for data in events:
+                    yield data
+                events = await stream.read()
 
     async def chat(
         self, body: bytes, *, request_id: str | None = None, headers: Mapping[str, str] | None = None
@@ -187,10 +255,25 @@ class RoutedUpstream:
         if call.candidate.model != self._route.model:
             call.candidate = self._route.candidates[0]
         call.begin()
-        events = call.candidate.target.relay(request, request_id=request_id, on_head=on_head)
-        async with StartedStream(None, events, call) as started:
-            async for piece in started.events:
-                yield piece
+        error: BaseException | None = None
+        try:
+            async with aclosing(call.candidate.target.relay(request, request_id=request_id, on_head=on_head)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            call.ended(error)
+
+
+async def _drop_answer(answer: bytes) -> None:
+    """Nothing is open any more."""
+
+
+async def _drop_stream(stream: TargetStream) -> None:
+    error = asyncio.CancelledError()
+    await stream.__aexit__(type(error), error, None)
 
 
 class RoutedBinding(NamedTuple):

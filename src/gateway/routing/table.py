@@ -7,7 +7,6 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from gateway.errors import UnsupportedValue
@@ -101,6 +100,7 @@ class RouteTable:
         self._agent_routes: dict[tuple[str | None, str | None, str | None], Route] = {}
         self._raw_routes: dict[tuple[str, str | None], Route] = {}
         self._created = int(time.time())
+        self._listed: frozenset[str] | None = None
 
     def resolve(
         self, name: str | None, *, upstream: str | None = None, default_model: str | None = None
@@ -157,6 +157,15 @@ class RouteTable:
         ]
         names = {model.id for model in virtual}
         return [*virtual, *(model for model in self._servers.list_models() if model.id not in names)]
+
+    def label_of(self, name: str) -> str | None:
+        """Return what a model is counted under: its name where it is listed, else the pattern that lets it through.
+
+        A pattern, and an upstream without a list, take whatever a client makes up: that must not make time series.
+        """
+        if self._listed is None:
+            self._listed = frozenset(name for model in self.list_models() for name in (model.id, model.name))
+        return name if name in self._listed else self._servers.find_pattern(name)
 
     @property
     def health_interval_s(self) -> float:
@@ -242,6 +251,7 @@ class RouteTable:
             self._router.chance,
             rules.strategy,
             fallbacks or None,
+            rules.hedge,
         )
 
     def _stand_ins(self, names: Sequence[str], first: Candidate, *, agents: bool) -> tuple[Candidate, ...]:
@@ -269,7 +279,7 @@ def _lists(server: Server, model: str) -> bool:
     config = server.config
     if config.provider == "demo":
         return False
-    return model == config.default_model or any(fnmatchcase(model, pattern) for pattern in config.models or ())
+    return model in config.named or (config.models is not None and config.serves(model))
 
 
 def _room(routes: dict[K, Route], key: K) -> K:

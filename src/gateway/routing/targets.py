@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from types import TracebackType
 from typing import Any, Literal, Protocol
 
 OnHead = Callable[[int, Mapping[bytes, bytes]], None]
@@ -28,6 +29,20 @@ class TargetConfig(Protocol):
         ...
 
     @property
+    def named(self) -> frozenset[str]:
+        """The models it is configured to have by name, the default one among them."""
+        ...
+
+    def serves(self, model: str) -> bool:
+        """Whether it is asked for this model."""
+        ...
+
+    @property
+    def max_tokens_field(self) -> Literal["max_tokens", "max_completion_tokens"] | None:
+        """The field in which it takes the limit of a chat answer's tokens; None: whichever comes."""
+        ...
+
+    @property
     def hosted_tools(self) -> tuple[str, ...] | None:
         """The hosted tools it has."""
         ...
@@ -44,6 +59,33 @@ class TargetStatus(Protocol):
     @property
     def healthy(self) -> bool | None:
         """None until somebody has asked."""
+        ...
+
+
+class TargetStream(Protocol):
+    """A streamed answer that has begun; ``async with`` it. ``first`` are the events that came first."""
+
+    @property
+    def first(self) -> list[bytes]:
+        """The payloads of the first events; empty where the answer ended without any."""
+        ...
+
+    async def __aenter__(self) -> TargetStream: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    async def read(self) -> list[bytes]:
+        """Return the next events; an empty list is the proper end."""
+        ...
+
+    async def pipe(self, take: Callable[[list[bytes]], bool | None]) -> None:
+        """Hand all further events to ``take``; when it returns False, nothing more comes until `release`."""
+        ...
+
+    def release(self) -> None:
+        """Go on after ``take`` returned False."""
         ...
 
 
@@ -80,6 +122,18 @@ class Target(Protocol):
         on_head: OnHead | None = None,
     ) -> bytes:
         """Send one JSON request and return the JSON answer."""
+        ...
+
+    async def start(
+        self,
+        path: str,
+        body: bytes,
+        *,
+        request_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        on_head: OnHead | None = None,
+    ) -> TargetStream:
+        """Send one streamed request and return with its first events."""
         ...
 
     def stream(
@@ -203,6 +257,10 @@ class ServerTable(Protocol):
 
     def list_models(self) -> Sequence[ListedModel]:
         """Return the models that are known by name."""
+        ...
+
+    def find_pattern(self, name: str) -> str | None:
+        """Return the pattern that lets a model through which is not listed, or None."""
         ...
 
 

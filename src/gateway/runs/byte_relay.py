@@ -18,13 +18,14 @@ from gateway.admission import agents_chat_only, authorize_model
 from gateway.chat import RelayRequest
 from gateway.config import Settings
 from gateway.errors import GatewayError, NotFound, PermissionDenied, UpstreamMalformed, UpstreamModelNotFound
-from gateway.events import RelayedChunk, RelayedHead, RelayEnded, RunEvent
+from gateway.events import RelayedChunk, RelayedHead, RelayEnded, RunEvent, Usage
 from gateway.principal import Principal
 from gateway.registry.entry import AgentEntry
 from gateway.run import Run
-from gateway.security.acl import allows_all
 from gateway.snapshot import Snapshot
 from gateway.upstreams.relaying import ByteRequest, ByteTarget, shown_headers
+from gateway.usage.meter import Meter
+from gateway.usage.reported import AnswerUsage
 
 _CONTENT_TYPE = re.compile(rb"[\x20-\x7e]{1,256}")
 _BINARY = b"application/octet-stream"
@@ -70,7 +71,7 @@ def choose_destination(
     table = snapshot.upstreams
     found = table.upstreams.get(upstream) if upstream is not None else table.default
     hidden = snapshot.keyring.hide_foreign_models
-    if found is not None and (principal.is_drop_in or allows_all(principal, f"{found.name}/")):
+    if found is not None and (principal.is_drop_in or snapshot.access.allows_all(principal, f"{found.name}/")):
         return Destination(found, f"{found.name}/*", None)
     if found is None or hidden:
         name = f"'{(upstream or '')[:64]}' " if upstream is not None else ""
@@ -110,14 +111,17 @@ def byte_run(
 class ByteRelayExecutor:
     """Relays one call; yields `RelayedHead`, the answer's bytes, `RelayEnded`."""
 
-    def __init__(self, upstream: ByteTarget, request: ByteRequest) -> None:
-        self._upstream = upstream
+    def __init__(self, destination: Destination, request: ByteRequest, meter: Meter | None = None) -> None:
+        self._upstream = destination.upstream
+        self._name = destination.name
         self._request = request
+        self._meter = meter or Meter()
 
     async def execute(self, run: Run) -> AsyncIterator[RunEvent]:
         """See `gateway.run.Executor.execute`."""
         assert isinstance(run.request, RelayRequest), "made by `byte_run`"
         heads: list[RelayedHead] = []
+        spent: AnswerUsage | None = None
 
         def on_head(status: int, headers: Mapping[bytes, bytes]) -> None:
             heads.append(RelayedHead(shown_headers(headers), status, self._content_type(headers)))
@@ -127,16 +131,32 @@ class ByteRelayExecutor:
             async with aclosing(pieces):
                 async for piece in pieces:
                     if heads:
+                        spent = AnswerUsage(heads[-1].content_type)
                         yield heads.pop()
+                    if spent is not None:
+                        spent.feed(piece)
                     yield RelayedChunk(piece)
             if heads:
                 yield heads.pop()
-            yield RelayEnded("stop", None)
         except GatewayError as error:
             error.is_relayed = True
             if isinstance(error, UpstreamModelNotFound) and "{" in run.request.path:
                 raise NotFound(f"The upstream '{self._upstream.name}' has nothing of this id.") from error
             raise
+        usage = spent.find() if spent is not None else None
+        yield RelayEnded("stop", self._charged(run, run.request.path, usage))
+
+    def _charged(self, run: Run, path: str, usage: Usage | None) -> Usage | None:
+        """Return the usage with its cost. A call that names no model, such as for a file, uses none."""
+        if self._name is None:
+            return None
+        if usage is None:
+            self._meter.count(run, upstream=self._upstream.name, model=self._name, path=path)
+            return None
+        usage = self._meter.charge(usage, run, upstream=self._upstream.name, model=self._name, path=path)
+        if run.reservation is not None:
+            run.reservation.settle(usage)
+        return usage
 
     def _content_type(self, headers: Mapping[bytes, bytes]) -> bytes:
         """Return the answer's type. A page is a login portal's, or a file that must not run in a browser here."""

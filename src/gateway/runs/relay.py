@@ -7,7 +7,7 @@ in and keys that no client knows out.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import aclosing
 from typing import Annotated, Any
 
@@ -17,9 +17,10 @@ from msgspec import Meta, Raw, Struct
 from gateway.chat import STREAMED_PATHS, RelayRequest
 from gateway.errors import GatewayError, UpstreamMalformed
 from gateway.events import RelayedBody, RelayedChunk, RelayedHead, RelayEnded, Routed, RunEvent, Usage
+from gateway.observability.traces import OUTPUT_MESSAGES, current_span
 from gateway.routing.routed import RoutedUpstream
 from gateway.routing.targets import Binding, Target
-from gateway.run import Run
+from gateway.run import DirectExecutor, Outlet, RelayedAnswer, Run
 from gateway.upstreams.relaying import OnHead, shown_headers
 from gateway.usage.estimate import estimate_usage
 from gateway.usage.meter import Meter
@@ -42,7 +43,7 @@ CHUNK_KEYS = frozenset(
 """Official top-level keys of a chat completion chunk."""
 
 
-class RelayExecutor:
+class RelayExecutor(DirectExecutor):
     """Relays one JSON request (chat, completions, embeddings) to one upstream model.
 
     ``passthrough_keys`` are further top-level chunk keys that reach the client; default: those of the upstream.
@@ -57,14 +58,12 @@ class RelayExecutor:
         self._keys = CHUNK_KEYS.union(extra) - {"error"}
 
     def execute(self, run: Run) -> AsyncIterator[RunEvent]:
-        """Yield `RelayedHead`, then chunks and `RelayEnded`, or one `RelayedBody`."""
-        request = run.request
-        if not isinstance(request, RelayRequest):
-            raise GatewayError("A raw upstream model serves relayed requests only.")
-        return self._stream(run, request) if run.streamed else self._whole(run, request)
+        """Yield `Routed`, `RelayedHead`, then chunks and `RelayEnded`, or one `RelayedBody`."""
+        return self._stream(run) if run.streamed else self._whole(run)
 
-    async def _whole(self, run: Run, request: RelayRequest) -> AsyncGenerator[RunEvent, None]:
-        upstream, heads = self._binding.upstream, list[RelayedHead]()
+    async def answer(self, run: Run) -> RelayedAnswer:
+        """See `DirectExecutor.answer`."""
+        request, upstream, heads = _relay_request(run), self._binding.upstream, list[RelayedHead]()
         body = self._body(request, streamed=False)
         try:
             data = await upstream.post(request.path, body, request_id=run.request_id, on_head=_keep_in(heads))
@@ -72,13 +71,46 @@ class RelayExecutor:
         except GatewayError as error:
             error.is_relayed = True
             raise
-        for event in _decision(upstream):
-            yield event
-        yield heads[-1] if heads else RelayedHead()
-        yield answer
+        return RelayedAnswer(_decision(upstream), heads[-1] if heads else RelayedHead(), answer)
 
-    async def _stream(self, run: Run, request: RelayRequest) -> AsyncGenerator[RunEvent, None]:
-        upstream, heads = self._binding.upstream, list[RelayedHead]()
+    async def pipe(self, run: Run, outlet: Outlet, began: Callable[[], None]) -> RelayEnded:
+        """See `DirectExecutor.pipe`: what arrives together is judged, cut and sent together, without waking a task."""
+        request, upstream, heads = _relay_request(run), self._binding.upstream, list[RelayedHead]()
+        body = self._body(request, streamed=True)
+        cutter = _ChunkCutter(run.model, upstream.name, self._keys, request.include_usage)
+
+        def take(events: list[bytes]) -> bool:
+            chunks = [chunk for data in events if (chunk := cutter.cut(data)) is not None]
+            return outlet.push(chunks) if chunks else True
+
+        try:
+            started = await upstream.start(request.path, body, request_id=run.request_id, on_head=_keep_in(heads))
+            async with started as stream:
+                outlet.begin(_decision(upstream), heads[-1] if heads else RelayedHead())
+                outlet.on_ready = stream.release
+                began()
+                take(stream.first)
+                await stream.pipe(take)
+        except GatewayError as error:
+            error.is_relayed = True
+            raise
+        finally:
+            outlet.on_ready = None
+            usage = self._usage_of(run, request, cutter, len(body))
+        last = cutter.usage_chunk()
+        if last is not None:
+            outlet.push([last])
+        return RelayEnded(cutter.finish_reason, usage)
+
+    async def _whole(self, run: Run) -> AsyncGenerator[RunEvent, None]:
+        answer = await self.answer(run)
+        if answer.routed is not None:
+            yield answer.routed
+        yield answer.head
+        yield answer.body
+
+    async def _stream(self, run: Run) -> AsyncGenerator[RunEvent, None]:
+        request, upstream, heads = _relay_request(run), self._binding.upstream, list[RelayedHead]()
         cutter = _ChunkCutter(run.model, upstream.name, self._keys, request.include_usage)
         body = self._body(request, streamed=True)
         try:
@@ -88,8 +120,8 @@ class RelayExecutor:
                     chunk = cutter.cut(data)
                     if chunk is not None:
                         if heads:
-                            for event in _decision(upstream):
-                                yield event
+                            if (routed := _decision(upstream)) is not None:
+                                yield routed
                             yield heads[-1]
                             heads.clear()
                         yield RelayedChunk(chunk)
@@ -97,12 +129,18 @@ class RelayExecutor:
             error.is_relayed = True
             raise
         finally:
-            # Also of an answer that was cut or that nobody waits for: the upstream counts it, too.
-            usage = self._charged(run, request.path, cutter.usage_of(len(body))) if cutter.began else None
+            usage = self._usage_of(run, request, cutter, len(body))
         last = cutter.usage_chunk()
         if last is not None:
             yield RelayedChunk(last)
         yield RelayEnded(cutter.finish_reason, usage)
+
+    def _usage_of(self, run: Run, request: RelayRequest, cutter: _ChunkCutter, request_bytes: int) -> Usage | None:
+        """Charge a stream, also one that was cut or that nobody waits for: the upstream counts it, too."""
+        if cutter.texts is not None and (span := current_span()) is not None:
+            message = {"role": "assistant", "content": "".join(cutter.texts)}
+            span.say(OUTPUT_MESSAGES, msgspec.json.encode([{"message": message}]).decode())
+        return self._charged(run, request.path, cutter.usage_of(request_bytes)) if cutter.began else None
 
     def _relayed_body(self, data: bytes, run: Run, request: RelayRequest, request_bytes: int) -> RelayedBody:
         fields = _decode_fields(data, self._binding.upstream.name)
@@ -112,13 +150,22 @@ class RelayExecutor:
         if usage is None:
             usage = estimate_usage(request_bytes, _characters_of(raw_choices))
         reason = ends[0].finish_reason if ends else None
+        if (span := current_span()) is not None and span.with_content:
+            span.say(OUTPUT_MESSAGES, bytes(raw_choices).decode())
         fields["model"] = Raw(msgspec.json.encode(run.model))
         return RelayedBody(msgspec.json.encode(fields), reason or "stop", self._charged(run, request.path, usage))
 
     def _charged(self, run: Run, path: str, usage: Usage) -> Usage:
         target = self._binding.upstream
         upstream, model = target.served if isinstance(target, RoutedUpstream) else (target.name, self._binding.model)
-        return self._meter.charge(usage, run_model=run.model, upstream=upstream, model=model, path=path)
+        usage = self._meter.charge(usage, run, upstream=upstream, model=model, path=path)
+        lost = target.lost if isinstance(target, RoutedUpstream) else None
+        if lost is not None:
+            spent = estimate_usage(lost.body_bytes, 0)
+            usage += self._meter.charge(spent, run, upstream=lost.upstream, model=lost.model, path=path)
+        if run.reservation is not None:
+            run.reservation.settle(usage)
+        return usage
 
     def _body(self, request: RelayRequest, streamed: bool) -> bytes:
         fields: dict[str, Any] = {str(name): raw for name, raw in request.fields.items()}
@@ -137,9 +184,14 @@ class RelayExecutor:
         return msgspec.json.encode(fields)
 
 
-def _decision(upstream: Target) -> tuple[Routed, ...]:
-    decision = upstream.decision if isinstance(upstream, RoutedUpstream) else None
-    return () if decision is None else (decision,)
+def _relay_request(run: Run) -> RelayRequest:
+    if not isinstance(run.request, RelayRequest):
+        raise GatewayError("A raw upstream model serves relayed requests only.")
+    return run.request
+
+
+def _decision(upstream: Target) -> Routed | None:
+    return upstream.decision if isinstance(upstream, RoutedUpstream) else None
 
 
 def _keep_in(heads: list[RelayedHead]) -> OnHead:
@@ -151,6 +203,7 @@ _Number = Annotated[int, Meta(ge=0)]
 
 class _Details(Struct):
     cached_tokens: _Number | None = None
+    cache_write_tokens: _Number | None = None
     reasoning_tokens: _Number | None = None
     audio_tokens: _Number | None = None
 
@@ -160,6 +213,7 @@ class _Tokens(Struct):
     completion_tokens: _Number | None = None
     prompt_tokens_details: _Details | None = None
     completion_tokens_details: _Details | None = None
+    cache_creation_input_tokens: _Number | None = None
     cost: Any = None
 
 
@@ -201,6 +255,8 @@ class _ChunkCutter:
         self._raw_usage: Raw | None = None
         self._frame: dict[str, Raw] = {}
         self._text_chars = 0
+        span = current_span()
+        self.texts: list[str] | None = [] if span is not None and span.with_content else None
         self.began = False
         self.finish_reason = "stop"
 
@@ -243,6 +299,8 @@ class _ChunkCutter:
                 text = choice.text if part is None else part.content
                 if text.__class__ is str:
                     self._text_chars += len(text)
+                    if self.texts is not None:
+                        self.texts.append(text)
                 if choice.finish_reason:
                     self.finish_reason = choice.finish_reason
         if self._include_usage:
@@ -302,4 +360,5 @@ def _usage(raw: Raw | None) -> Usage | None:
         audio_output_tokens=(completion.audio_tokens or 0) if completion else 0,
         cost=cost,
         cost_reported=cost is not None,
+        cache_write_tokens=tokens.cache_creation_input_tokens or (prompt and prompt.cache_write_tokens) or 0,
     )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import ssl
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
+from types import TracebackType
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -17,13 +20,15 @@ import msgspec
 from gateway.chat import CHAT_PATH
 from gateway.errors import AgentMisconfigured, ConfigError, GatewayError, UpstreamMalformed, UpstreamRejected
 from gateway.observability.logs import log_event
+from gateway.observability.traces import current_span
 from gateway.upstreams.config import HEADER_NAME, HEADER_VALUE, OWN_HEADERS, Api, UpstreamConfig
 from gateway.upstreams.failures import failure_of_status, retry_after_s
-from gateway.upstreams.http1 import Exchange
-from gateway.upstreams.judging import judge_for
+from gateway.upstreams.http1 import Exchange, too_large
+from gateway.upstreams.judging import Judge, judge_for
 from gateway.upstreams.keys import UpstreamKey, UpstreamKeys
 from gateway.upstreams.model_list import read_model_list
 from gateway.upstreams.presets import PRESETS, Preset
+from gateway.upstreams.proxy import Proxy, proxy_secrets
 from gateway.upstreams.relaying import ByteRequest, OnHead
 from gateway.upstreams.sse import EventParser, EventTooLarge
 from gateway.upstreams.status import UpstreamStatus
@@ -42,11 +47,23 @@ class UpstreamMetrics(Protocol):
         ...
 
 
+Take = Callable[[list[bytes]], bool | None]
+"""Takes events; returns True for more, False to get no more until a `release`, None when it has had enough."""
+
+
 class EventSource(Protocol):
     """The answer to a streamed request."""
 
     async def read(self) -> list[bytes]:
         """Return the payloads of the next events (at least one); an empty list is the end of the stream."""
+        ...
+
+    async def pipe(self, take: Take) -> None:
+        """Hand the payloads of all further events to ``take``, those that arrived together at once, up to the end."""
+        ...
+
+    def release(self) -> None:
+        """Go on after ``take`` returned False."""
         ...
 
     def close(self, *, drain: bool = False) -> None:
@@ -68,7 +85,8 @@ class Upstream(ABC):
         self.base_url = config.base_url or ""
         self.status = UpstreamStatus()
         self._metrics = metrics
-        self._secrets = tuple(s for s in (*keys_of(config), *config.headers.values()) if len(s) >= 8)
+        secrets = (*keys_of(config), *config.headers.values(), *proxy_secrets(config.proxy))
+        self._secrets = tuple(s for s in secrets if len(s) >= 8)
 
     async def post(
         self,
@@ -88,10 +106,10 @@ class Upstream(ABC):
             status = 200
             return answer
         except GatewayError as error:
-            status = self._failed(path, error, started)
+            status = self.failed(path, error, started)
             raise
         finally:
-            self._record(status, started)
+            self.record(status, started)
 
     async def stream(
         self,
@@ -103,32 +121,31 @@ class Upstream(ABC):
         on_head: OnHead | None = None,
     ) -> AsyncGenerator[bytes, None]:
         """Yield the payload of each event as it comes; ``[DONE]`` is consumed. Closing it closes the socket at once."""
-        started = time.perf_counter()
-        status: int | str = "cancelled"
-        source: EventSource | None = None
-        finished = False
-        try:
-            judge = judge_for(path, self.name, self._secrets)
-            source = await self._open(path, body, request_id, headers, on_head)
-            while not finished:
-                events = await source.read()
-                finished = not events
+        stream = await self.start(path, body, request_id=request_id, headers=headers, on_head=on_head)
+        async with stream:
+            events = stream.first
+            while events:
                 for data in events:
-                    if data == _DONE:
-                        finished = True
-                        break
-                    judge.event(data)
                     yield data
-            judge.end()
-            status = 200
-        except GatewayError as error:
-            finished = False
-            status = self._failed(path, error, started)
-            raise
-        finally:
-            if source is not None:
-                source.close(drain=finished)
-            self._record(status, started)
+                events = await stream.read()
+
+    async def start(
+        self,
+        path: str,
+        body: bytes,
+        *,
+        request_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        on_head: OnHead | None = None,
+    ) -> UpstreamStream:
+        """Send one streamed request and return with its first events; ``async with`` what is returned."""
+        stream = UpstreamStream(self, path, judge_for(path, self.name, self._secrets))
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(stream)
+            stream.source = await self._open(path, body, request_id, headers, on_head)
+            stream.first = await stream.read()
+            stack.pop_all()
+        return stream
 
     async def relay(
         self, request: ByteRequest, *, request_id: str | None = None, on_head: OnHead | None = None
@@ -143,10 +160,10 @@ class Upstream(ABC):
             status = 200
         except GatewayError as error:
             if error.domain == "upstream" or isinstance(error, UpstreamRejected):
-                status = self._failed(request.path.partition("?")[0], error, started)
+                status = self.failed(request.path.partition("?")[0], error, started)
             raise
         finally:
-            self._record(status, started)
+            self.record(status, started)
 
     async def chat(
         self, body: bytes, *, request_id: str | None = None, headers: Mapping[str, str] | None = None
@@ -213,7 +230,8 @@ class Upstream(ABC):
     ) -> AsyncGenerator[bytes, None]:
         """Yield the answer of a successful request."""
 
-    def _failed(self, path: str, error: GatewayError, started: float) -> str:
+    def failed(self, path: str, error: GatewayError, started: float) -> str:
+        """Log a failed call; return the word for it in metrics."""
         log_event(
             _LOG,
             "upstream.request.failed",
@@ -225,19 +243,107 @@ class Upstream(ABC):
             error=type(error).__name__,
             status=error.status,
             code=error.code,
+            quote=error.words or None,
             cause=type(error.__cause__).__name__ if error.__cause__ is not None else None,
             duration_ms=round((time.perf_counter() - started) * 1000, 1),
         )
         word = type(error).code if isinstance(type(error).code, str) else None
         return (word or f"rejected_{error.status}").removeprefix("upstream_")
 
-    def _record(self, status: int | str, started: float) -> None:
+    def record(self, status: int | str, started: float) -> None:
+        """Count one call that ended."""
         if self._metrics is not None:
             self._metrics.upstream_request(self.name, status, time.perf_counter() - started)
 
 
+class UpstreamStream:
+    """One streamed answer, judged event by event; leaving ``async with`` closes its socket and records the call.
+
+    ``first`` are the events that came first, empty where the answer ended without any.
+    """
+
+    __slots__ = ("_error", "_judge", "_path", "_started", "_upstream", "finished", "first", "source")
+
+    def __init__(self, upstream: Upstream, path: str, judge: Judge) -> None:
+        self.first: list[bytes] = []
+        self.finished = False
+        self.source: EventSource | None = None
+        self._upstream, self._path, self._judge = upstream, path, judge
+        self._started = time.perf_counter()
+        self._error: GatewayError | None = None
+
+    async def __aenter__(self) -> UpstreamStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        status: int | str = "cancelled"
+        if isinstance(error, GatewayError):
+            self.finished = False
+            status = self._upstream.failed(self._path, error, self._started)
+        elif error is None and self.finished:
+            status = 200
+        if self.source is not None:
+            self.source.close(drain=self.finished)
+        self._upstream.record(status, self._started)
+
+    async def read(self) -> list[bytes]:
+        """Return the next events; an empty list is the proper end."""
+        while not self.finished:
+            if self._error is not None:
+                raise self._error
+            assert self.source is not None, "the stream has begun"
+            events = await self.source.read()
+            if not events:
+                self.finished = True
+            elif events := self._judged(events):
+                return events
+        self._judge.end()
+        return []
+
+    async def pipe(self, take: Take) -> None:
+        """Hand all further events to ``take`` as `EventSource.pipe` does; return at the proper end."""
+
+        def judged(events: list[bytes]) -> bool | None:
+            events = self._judged(events)
+            more = take(events) if events else True
+            if self._error is not None:
+                raise self._error
+            return None if self.finished else more
+
+        if self._error is not None:
+            raise self._error
+        if not self.finished:
+            assert self.source is not None, "the stream has begun"
+            await self.source.pipe(judged)
+            self.finished = True
+        self._judge.end()
+
+    def release(self) -> None:
+        """Go on after ``take`` returned False."""
+        if self.source is not None:
+            self.source.release()
+
+    def _judged(self, events: list[bytes]) -> list[bytes]:
+        """Return the good events up to the end; what is wrong is raised once they are out."""
+        judge = self._judge
+        for index, data in enumerate(events):
+            if data == _DONE:
+                self.finished = True
+                return events[:index]
+            try:
+                judge.event(data)
+            except GatewayError as error:
+                if not index:
+                    raise
+                self._error = error
+                return events[:index]
+        return events
+
+
 class HttpUpstream(Upstream):
-    """An OpenAI-compatible server over HTTP/1.1. Create it inside the event loop that will use it."""
+    """An OpenAI-compatible server, over HTTP/1.1 or HTTP/2. Create it inside the event loop that will use it."""
 
     def __init__(self, config: UpstreamConfig, metrics: UpstreamMetrics | None = None) -> None:
         super().__init__(config, metrics)
@@ -245,12 +351,18 @@ class HttpUpstream(Upstream):
         host = parts.hostname or ""
         tls = _tls_of(config) if parts.scheme == "https" else None
         port = parts.port or (443 if tls is not None else 80)
-        self._transport = Transport(Origin(config.name, host, port, tls), config.timeouts, config.limits)
+        proxy = Proxy.from_url(config.proxy, lambda: _tls_of(config)) if config.proxy is not None else None
+        self._transport = _open_transport(Origin(config.name, host, port, tls, proxy), config)
         self._prefix = parts.path.rstrip("/")
         self._query = parts.query
         self._preset = PRESETS.get(config.provider, _NO_PRESET)
         self._keys = UpstreamKeys(config.name, keys_of(config))
         self._headers = _headers_of(config, self._preset, parts.netloc)
+        if proxy is not None and tls is None:
+            # A proxy for plain http takes whole addresses, and hears its password with each request.
+            self._prefix = f"http://{parts.netloc}{self._prefix}"
+            if proxy.credentials is not None:
+                self._headers["proxy-authorization"] = proxy.credentials
         self._common = _header_block(self._headers)
         self._own = frozenset(name.lower() for name in config.headers)
 
@@ -284,7 +396,7 @@ class HttpUpstream(Upstream):
         )
         key = self._keys.take()
         head = self._head("GET", path, "application/json", key)
-        exchange = await self._transport.send(head + b"\r\n", b"", streamed=False, timeouts=timeouts)
+        exchange = await self._transport.send(head + b"\r\n", b"", timeouts=timeouts)
         try:
             return await self._read_answer(exchange, b"", key)
         finally:
@@ -295,9 +407,10 @@ class HttpUpstream(Upstream):
     ) -> bytes:
         key = self._keys.take()
         head = self._json_head(path, body, "application/json", key, request_id, headers)
-        exchange = await self._transport.send(head, body, streamed=False)
+        exchange, answer = await self._transport.call(head, body)
         try:
-            answer = await self._read_answer(exchange, body, key)
+            if answer is None:
+                answer = await self._read_answer(exchange, body, key)
             if on_head is not None:
                 on_head(exchange.status, exchange.headers)
             return answer
@@ -314,7 +427,7 @@ class HttpUpstream(Upstream):
         body = request.body
         if isinstance(body, bytes):
             length = b"content-length: %d\r\n" % len(body) if body or request.method in ("POST", "PUT") else b""
-            exchange = await self._transport.send(head + length + b"\r\n", body, streamed=False)
+            exchange = await self._transport.send(head + length + b"\r\n", body)
         elif request.length is not None:
             head += b"content-length: %d\r\n\r\n" % request.length
             exchange = await self._transport.upload(head, body, chunked=False)
@@ -335,7 +448,7 @@ class HttpUpstream(Upstream):
                     return
                 size += len(piece)
                 if size > exchange.limits.relay_bytes:
-                    raise self._too_large("relay", exchange.limits.relay_bytes)
+                    raise too_large(self.name, "relay", exchange.limits.relay_bytes)
                 # A client that reads slowly must not look like a silent upstream: the total deadline still holds.
                 exchange.relax()
                 yield piece
@@ -377,12 +490,12 @@ class HttpUpstream(Upstream):
         body = bytearray()
         try:
             if announced.isdigit() and int(announced) > limit:
-                raise self._too_large("body", limit)
+                raise too_large(self.name, "body", limit)
             idle_s = exchange.timeouts.idle_s
             while piece := await exchange.read():
                 body += piece
                 if len(body) > limit:
-                    raise self._too_large("body", limit)
+                    raise too_large(self.name, "body", limit)
                 exchange.expect(
                     idle_s, "sent nothing for {:g} s in the middle of its answer. Raise timeouts.idle_s of it."
                 )
@@ -394,12 +507,6 @@ class HttpUpstream(Upstream):
             return bytes(body)
         raise failure_of_status(
             self.name, exchange.status, exchange.headers, bytes(body), asked=asked, secrets=self._secrets
-        )
-
-    def _too_large(self, what: str, limit: int) -> UpstreamMalformed:
-        return UpstreamMalformed(
-            f"The upstream '{self.name}' sent an answer of more than {limit} bytes. Raise limits.{what}_bytes of it if "
-            "that is right."
         )
 
     def _json_head(
@@ -435,6 +542,8 @@ class HttpUpstream(Upstream):
                 common += f"{name}: {shown}\r\n".encode("ascii")
         if request_id is not None and request_id.isascii() and request_id.isprintable():
             common += b"x-request-id: %b\r\n" % request_id.encode("ascii")
+        if request_id is not None and (span := current_span()) is not None:
+            common += b"traceparent: %b\r\n" % span.traceparent.encode("ascii")
         return f"{method} {self._target(path)} HTTP/1.1\r\naccept: {accept}\r\n".encode("ascii") + common
 
     def _target(self, path: str) -> str:
@@ -454,40 +563,64 @@ class _HttpEvents:
         self._any = False
 
     async def read(self) -> list[bytes]:
-        exchange = self._exchange
         if self._any:
-            idle_s = exchange.timeouts.idle_s
-            exchange.expect(idle_s, "sent no event for {:g} s. Raise timeouts.idle_s of it if it needs longer.")
+            self._expect()
         while True:
-            piece = await exchange.read()
+            piece = await self._exchange.read()
             if not piece:
-                if not self._any and self._parser.strange:
-                    raise UpstreamMalformed(
-                        f"The upstream '{self._upstream}' sent something that is not an event stream. See whether its "
-                        "base_url is right."
-                    )
+                self._ended()
                 return []
-            self._read_bytes += len(piece)
-            if self._read_bytes > exchange.limits.stream_bytes:
-                raise self._too_large("stream", exchange.limits.stream_bytes)
-            try:
-                events = self._parser.feed(piece)
-            except EventTooLarge as error:
-                raise self._too_large("event", exchange.limits.event_bytes) from error
+            events = self._parsed(piece)
             if events:
-                self._any = True
-                exchange.relax()
+                self._exchange.relax()
                 return events
+
+    async def pipe(self, take: Take) -> None:
+        exchange = self._exchange
+
+        def received(piece: bytes) -> bool:
+            events = self._parsed(piece)
+            more = take(events) if events else True
+            if more is False:
+                exchange.hold()
+            elif events:
+                self._expect()
+            return more is not None
+
+        self._expect()
+        await exchange.pipe(received)
+        self._ended()
+
+    def release(self) -> None:
+        self._exchange.release()
+        self._expect()
 
     def close(self, *, drain: bool = False) -> None:
         self._exchange.close(drain=drain)
 
-    def _too_large(self, what: str, limit: int) -> UpstreamMalformed:
-        thing = "an event" if what == "event" else "a stream"
-        return UpstreamMalformed(
-            f"The upstream '{self._upstream}' sent {thing} of more than {limit} bytes. Raise limits.{what}_bytes of it "
-            "if that is right."
-        )
+    def _parsed(self, piece: bytes) -> list[bytes]:
+        limits = self._exchange.limits
+        self._read_bytes += len(piece)
+        if self._read_bytes > limits.stream_bytes:
+            raise too_large(self._upstream, "stream", limits.stream_bytes)
+        try:
+            events = self._parser.feed(piece)
+        except EventTooLarge as error:
+            raise too_large(self._upstream, "event", limits.event_bytes) from error
+        if events:
+            self._any = True
+        return events
+
+    def _expect(self) -> None:
+        seconds = self._exchange.timeouts.idle_s
+        self._exchange.expect(seconds, "sent no event for {:g} s. Raise timeouts.idle_s of it if it needs longer.")
+
+    def _ended(self) -> None:
+        if not self._any and self._parser.strange:
+            raise UpstreamMalformed(
+                f"The upstream '{self._upstream}' sent something that is not an event stream. See whether its base_url "
+                "is right."
+            )
 
 
 _HOSTED_TOOL_NAMES = {
@@ -499,9 +632,20 @@ _HOSTED_TOOL_NAMES = {
 """Spellings of the Agents SDK and of older API versions."""
 
 
-def _tls_of(config: UpstreamConfig) -> ssl.SSLContext:
+def _open_transport(origin: Origin, config: UpstreamConfig) -> Transport:
+    plain = Transport(origin, config.timeouts, config.limits)
+    if not config.http2:
+        return plain
+    # HPACK and the state machine of HTTP/2 take 3 MB: only where they are used.
+    http2 = importlib.import_module("gateway.upstreams.http2")
+    offered = replace(origin, tls=_tls_of(config, http2=True))
+    transport: Transport = http2.Http2Transport(offered, plain, config.timeouts, config.limits)
+    return transport
+
+
+def _tls_of(config: UpstreamConfig, *, http2: bool = False) -> ssl.SSLContext:
     try:
-        return open_tls(verify=config.verify_tls, ca_file=config.ca_file)
+        return open_tls(verify=config.verify_tls, ca_file=config.ca_file, http2=http2)
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(
             f"upstreams.yaml: upstream '{config.name}': ca_file cannot be read as PEM certificates."

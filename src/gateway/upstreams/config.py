@@ -20,6 +20,8 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Annotated, Literal
 from urllib.parse import SplitResult, urlsplit
 
@@ -30,6 +32,7 @@ from gateway.config import Settings, load_yaml
 from gateway.errors import ConfigError
 from gateway.observability.logs import log_event
 from gateway.upstreams.presets import PRESETS, Preset
+from gateway.upstreams.proxy import proxy_from_environment
 
 Api = Literal["chat", "responses"]
 Seconds = Annotated[float, Meta(gt=0)]
@@ -92,7 +95,7 @@ class Limits(Struct, frozen=True, kw_only=True):
     relay_bytes: Bytes = 1024 * 1024 * 1024
 
 
-class UpstreamConfig(Struct, frozen=True, kw_only=True):
+class UpstreamConfig(Struct, frozen=True, kw_only=True, dict=True):
     """One server with models.
 
     ``provider`` is a name of `gateway.upstreams.presets`; it fills ``base_url`` and knows how the key is shown.
@@ -105,6 +108,8 @@ class UpstreamConfig(Struct, frozen=True, kw_only=True):
     ``api_keys`` are used in turn, one per request.
     ``hosted_tools`` lists the hosted tools the server really has (``web_search``, ``file_search``, ``mcp`` …); None
     means all of them on provider ``openai`` and none elsewhere; it counts only where ``api`` is ``responses``.
+    ``proxy`` is the address of an HTTP proxy, ``proxy_env`` takes it from the environment.
+    ``max_tokens_field`` is where the server takes the limit of a chat answer's tokens; the other field is renamed.
     """
 
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -128,6 +133,25 @@ class UpstreamConfig(Struct, frozen=True, kw_only=True):
     ca_file: str | None = None
     passthrough_keys: tuple[str, ...] = ()
     headers: dict[str, str] = {}
+    proxy: str | None = None
+    proxy_env: bool = False
+    http2: bool = False
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] | None = None
+
+    @cached_property
+    def named(self) -> frozenset[str]:
+        """The models it is configured to have by name, the default one among them."""
+        names = [name for name in self.models or () if not is_pattern(name)]
+        return frozenset(names if self.default_model is None else [*names, self.default_model])
+
+    @cached_property
+    def patterns(self) -> tuple[str, ...]:
+        """What takes further names: the patterns of ``models``, or everything where there is no list."""
+        return ("*",) if self.models is None else tuple(name for name in self.models if is_pattern(name))
+
+    def serves(self, model: str) -> bool:
+        """Whether the upstream is asked for this model: ten thousand names cost what one does."""
+        return model in self.named or any(fnmatchcase(model, pattern) for pattern in self.patterns)
 
     def __repr__(self) -> str:
         """Leave the key and the extra headers out: reprs end up in logs."""
@@ -239,9 +263,13 @@ def _complete(item: UpstreamConfig, variables: Mapping[str, str], *, literal_key
             raise ConfigError(f"{where}: headers: '{name}' cannot be set here.")
         if not HEADER_VALUE.match(value):
             raise ConfigError(f"{where}: headers: the value of '{name}' has characters a header cannot carry.")
+    if item.http2 and parts.scheme != "https":
+        raise ConfigError(f"{where}: http2 needs a base_url that starts with https://.")
     return msgspec.structs.replace(
         item,
         base_url=base_url,
+        proxy=_proxy_of(item, parts, variables, where),
+        proxy_env=False,
         api=item.api or ("responses" if item.provider == "openai" and parts.hostname == "api.openai.com" else "chat"),
         api_key=keys[0] if keys else None,
         api_key_env=None,
@@ -273,19 +301,47 @@ def _keys(item: UpstreamConfig, variables: Mapping[str, str], where: str, litera
         written = item.api_keys or ((item.api_key,) if item.api_key else ())
         found = [_expand(text, variables, f"{where}: {name}") or "" for text in written]
         if not literal_ok and not all(_ENV.search(text) for text in written):
-            log_event(
-                _LOG,
-                "upstream.config.literal_key",
-                level=logging.WARNING,
-                upstream=item.name,
-                message=f'{where}: {name} holds the key itself; write "${{SOME_VARIABLE}}" instead.',
-            )
+            _warn_of_literal(item, f"{where}: {name}", "the key")
     keys = tuple(dict.fromkeys(key.strip() for key in found))
     if not all(keys):
         raise ConfigError(f"{where}: api_keys holds an empty key.")
     if not all(HEADER_VALUE.match(key) for key in keys):
         raise ConfigError(f"{where}: the API key has characters a header cannot carry.")
     return keys
+
+
+def _proxy_of(item: UpstreamConfig, target: SplitResult, variables: Mapping[str, str], where: str) -> str | None:
+    if item.proxy is not None and item.proxy_env:
+        raise ConfigError(f"{where}: set one of proxy and proxy_env.")
+    if item.proxy_env:
+        found, where = proxy_from_environment(target.scheme, target.hostname or "", variables), f"{where}: proxy_env"
+    else:
+        found, where = _expand(item.proxy, variables, f"{where}: proxy"), f"{where}: proxy"
+    if found is None:
+        return None
+    try:
+        parts = urlsplit(found)
+        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:
+        usable = False
+    if not usable or not HEADER_VALUE.match(found) or " " in found:
+        raise ConfigError(
+            f"{where}: is not the address of an HTTP proxy; write http://HOST:PORT, or http://USER:PASSWORD@HOST:PORT "
+            "with the password from a variable. SOCKS is not spoken."
+        )
+    if item.proxy is not None and parts.password and not _ENV.search(item.proxy):
+        _warn_of_literal(item, where, "the password")
+    return found
+
+
+def _warn_of_literal(item: UpstreamConfig, where: str, what: str) -> None:
+    log_event(
+        _LOG,
+        "upstream.config.literal_key",
+        level=logging.WARNING,
+        upstream=item.name,
+        message=f'{where} holds {what} itself; write "${{SOME_VARIABLE}}" instead.',
+    )
 
 
 def _expand(text: str | None, variables: Mapping[str, str], where: str) -> str | None:

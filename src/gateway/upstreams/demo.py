@@ -16,8 +16,8 @@ import msgspec
 from msgspec import Struct
 
 from gateway.chat import CHAT_PATH
-from gateway.errors import UpstreamModelNotFound, UpstreamRejected
-from gateway.upstreams.client import EventSource, Upstream
+from gateway.errors import UpstreamRejected
+from gateway.upstreams.client import EventSource, Take, Upstream
 from gateway.upstreams.demo_script import HANDOFF_PREFIX, Answer, Situation, ToolOffer, ToolResult, answer, words_of
 from gateway.upstreams.relaying import ByteRequest, OnHead
 
@@ -53,9 +53,10 @@ class DemoUpstream(Upstream):
     ) -> AsyncGenerator[bytes, None]:
         raise self._chat_only()
 
-    def _chat_only(self) -> UpstreamModelNotFound:
-        return UpstreamModelNotFound(
-            f"The demo upstream '{self.name}' only serves chat completions. Add a real upstream to upstreams.yaml."
+    def _chat_only(self) -> UpstreamRejected:
+        return UpstreamRejected(
+            f"The demo model '{self.name}' answers chat completions only. For other endpoints add a real upstream to "
+            "upstreams.yaml and name a model of it."
         )
 
     def _decode(self, path: str, body: bytes) -> _Request:
@@ -75,11 +76,24 @@ class _DemoEvents:
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks = chunks
+        self._released = asyncio.Event()
 
     async def read(self) -> list[bytes]:
         await asyncio.sleep(0)
         chunk = next(self._chunks, None)
         return [] if chunk is None else [chunk]
+
+    async def pipe(self, take: Take) -> None:
+        while events := await self.read():
+            more = take(events)
+            if more is None:
+                return
+            if not more:
+                self._released.clear()
+                await self._released.wait()
+
+    def release(self) -> None:
+        self._released.set()
 
     def close(self, *, drain: bool = False) -> None:
         self._chunks = iter(())

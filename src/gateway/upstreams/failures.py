@@ -83,6 +83,7 @@ def failure_of_status(
     complaint = Complaint.of_body(body, secrets)
     failure = _failure(name, status, complaint, retry_after_s(headers), _model_of(asked))
     failure.upstream_headers = shown_headers(headers)
+    failure.words = complaint.message
     if status in _INTACT:
         failure.upstream_error = complaint.original
     return failure
@@ -91,6 +92,12 @@ def failure_of_status(
 def failure_of_object(name: str, error: Any, *, secrets: tuple[str, ...]) -> GatewayError:
     """Map an error object that came with status 200, alone or inside a stream."""
     complaint = Complaint(error, secrets)
+    failure = _failure_of_complaint(name, complaint)
+    failure.words = complaint.message
+    return failure
+
+
+def _failure_of_complaint(name: str, complaint: Complaint) -> GatewayError:
     if complaint.status is not None:
         return _failure(name, complaint.status, complaint, None, None)
     if complaint.code == "context_length_exceeded":
@@ -130,6 +137,11 @@ def _failure(name: str, status: int, complaint: Complaint, wait_s: float | None,
         return UpstreamModelNotFound(
             f"The upstream '{name}' does not have {asked}. See models, default_model and aliases in upstreams.yaml, "
             "and whether base_url ends with /v1."
+        )
+    if status == 407:
+        return UpstreamAuthFailed(
+            f"The proxy of the upstream '{name}' refused the user name and password (407). Its operator sets them in "
+            "proxy of this upstream in upstreams.yaml."
         )
     if status == 408:
         return UpstreamTimeout(f"The upstream '{name}' gave up waiting ({status}).{said}")

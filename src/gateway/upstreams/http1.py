@@ -1,17 +1,19 @@
 """HTTP/1.1 on one socket: an exchange with absolute deadlines, a bounded buffer, and a socket that closes at once.
 
-An `Exchange` is read piece by piece and closed by whoever asked for it. Deadlines are timers of the event loop that
-close the socket, whoever is (or is not) reading. Redirects are answers like any other.
+An `Exchange` is read piece by piece (or whole, or piped) and closed by whoever asked for it. Deadlines close the
+socket, whoever is (or is not) reading. Redirects are answers like any other.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol, cast
 
 import httptools
 
+from gateway.deadlines import Deadlines
 from gateway.errors import (
     GatewayError,
     UpstreamIncomplete,
@@ -28,6 +30,18 @@ DRAIN_S = 1.0
 DRAIN_BYTES = 64 * 1024
 
 
+_SILENT = "sent nothing for {:g} s in the middle of its answer. Raise timeouts.idle_s of it."
+
+
+def too_large(upstream: str, what: str, limit: int) -> UpstreamMalformed:
+    """Return the failure of an answer (``body``, ``stream``, ``event`` …) that is larger than its limit."""
+    thing = {"event": "an event", "stream": "a stream"}.get(what, "an answer")
+    return UpstreamMalformed(
+        f"The upstream '{upstream}' sent {thing} of more than {limit} bytes. Raise limits.{what}_bytes of it if that "
+        "is right."
+    )
+
+
 class ConnectionClosedEarly(Exception):
     """A kept-alive connection was closed by the other side before one byte of the answer: safe to send again."""
 
@@ -41,20 +55,25 @@ class Exchange:
 
     __slots__ = (
         "_buffer",
+        "_deadlines",
+        "_enough",
         "_error",
         "_loop",
         "_phase",
         "_seconds",
         "_size",
+        "_take",
         "_timer",
         "_total_at",
         "_wait_until",
         "_waiter",
+        "_whole",
         "answered",
         "closed",
         "complete",
         "connection",
         "draining",
+        "due",
         "head_complete",
         "headers",
         "limits",
@@ -87,6 +106,12 @@ class Exchange:
         self._phase = ""
         self._seconds = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._take: Callable[[bytes], bool] | None = None
+        self._enough = False
+        self._whole = False
+        self.due = total_at
+        self._deadlines = connection.deadlines
+        self._deadlines.watch(self)
 
     def expect(self, seconds: float, phase: str) -> None:
         """Start a deadline: what is waited for must come in ``seconds``.
@@ -95,16 +120,17 @@ class Exchange:
         event, and its sentence is hardly ever wanted.
         """
         self._phase, self._seconds = phase, seconds
-        self._wait_until = until = self._loop.time() + seconds
-        due = min(until, self._total_at)
-        if self._timer is None or self._timer.when() > due:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = self._loop.call_at(due, self._on_timer)
+        until = self._loop.time() + seconds
+        if until < self._total_at:
+            self._wait_until = self.due = until
+            self._deadlines.advance(until)
+        else:
+            self._wait_until = until
+            self.due = self._total_at
 
     def relax(self) -> None:
         """End the deadline of `expect`; the total one stays."""
-        self._wait_until = self._total_at
+        self._wait_until = self.due = self._total_at
 
     async def head(self) -> None:
         """Return when status and headers are there."""
@@ -112,6 +138,44 @@ class Exchange:
             if self._error is not None:
                 raise self._error
             await self._wait()
+
+    async def whole(self) -> bytes | None:
+        """Return the whole body of a 2xx answer, waking up once; None, when its head is there, for any other."""
+        self._whole = True
+        while not self.complete and self._error is None and (self._whole or not self.head_complete):
+            await self._wait()
+        if not self._whole:
+            return None
+        if self._error is not None:
+            raise self._error
+        return b"".join(self._buffer)
+
+    async def pipe(self, take: Callable[[bytes], bool]) -> None:
+        """Hand every piece to ``take`` as it arrives, in the turn of the loop in which it arrives.
+
+        Returns at the end of the answer, or once ``take`` has returned False: it has had enough. What it raises ends
+        the exchange, and is raised here.
+        """
+        if self._size and not take(await self.read()):
+            return
+        self._take = take
+        while not (self._enough or self.complete or self._error is not None):
+            await self._wait()
+        if self._error is not None:
+            raise self._error
+
+    def hold(self) -> None:
+        """Read no further for now: whoever takes the answer is slow, and the upstream is not to blame for it."""
+        self.relax()
+        if not self.paused:
+            self.paused = True
+            self.connection.pause()
+
+    def release(self) -> None:
+        """Read on."""
+        if self.paused and not self.closed:
+            self.paused = False
+            self.connection.resume()
 
     async def read(self) -> bytes:
         """Return the bytes that have arrived, waiting for at least one; ``b""`` is the proper end of the answer."""
@@ -138,9 +202,8 @@ class Exchange:
         if self.closed:
             return
         self.closed = True
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._take = None
+        self._deadlines.forget(self)
         if drain and not self.complete and self._error is None and not self.paused and self.connection.is_kept:
             self.draining = True
             self._size = 0
@@ -156,13 +219,32 @@ class Exchange:
         self.status = status
         self.reusable = reusable
         self.head_complete = True
-        self._wake()
+        if not self._whole:
+            self._wake()
+        elif not 200 <= status < 300:
+            self._whole = False
+            self._wake()
+        else:
+            announced = self.headers.get(b"content-length", b"")
+            if announced.isdigit() and int(announced) > self.limits.body_bytes:
+                self._refuse_body()
+            self.expect(self.timeouts.idle_s, _SILENT)
 
     def received(self, data: bytes) -> None:
-        """Keep bytes of the body for the reader; stop the socket when it is slow."""
+        """Keep bytes of the body for the reader, or hand them on; stop the socket when the reader is slow."""
         if self._error is not None:
             return
+        if self._take is not None:
+            self._hand_over(data)
+            return
         self._size += len(data)
+        if self._whole:
+            self._buffer.append(data)
+            if self._size > self.limits.body_bytes:
+                self._refuse_body()
+            else:
+                self.expect(self.timeouts.idle_s, _SILENT)
+            return
         if self.draining:
             if self._size > DRAIN_BYTES:
                 self.connection.abort()
@@ -184,6 +266,21 @@ class Exchange:
                 self._timer.cancel()
             self.connection.settle(self)
 
+    def _hand_over(self, data: bytes) -> None:
+        assert self._take is not None, "somebody takes the answer"
+        try:
+            if self._take(data):
+                return
+            self._take, self._enough = None, True
+            self._wake()
+        except GatewayError as error:
+            self.fail(error)
+            self.connection.abort()
+
+    def _refuse_body(self) -> None:
+        self.fail(too_large(self.connection.name, "body", self.limits.body_bytes), at_once=True)
+        self.connection.abort()
+
     def fail(self, error: GatewayError | ConnectionClosedEarly, *, at_once: bool = False) -> None:
         """End the exchange; ``at_once`` throws away what the reader has not taken."""
         if self.complete or self._error is not None:
@@ -193,9 +290,7 @@ class Exchange:
         if at_once:
             self._buffer.clear()
             self._size = 0
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._deadlines.forget(self)
         self._wake()
 
     async def _wait(self) -> None:
@@ -209,20 +304,16 @@ class Exchange:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def _on_timer(self) -> None:
-        self._timer = None
-        now = self._loop.time()
+    def expire(self) -> None:
+        """End the exchange: what was waited for did not come in time."""
         name = self.connection.name
-        if now >= self._total_at:
+        if self._loop.time() >= self._total_at:
             error = UpstreamTimeout(
                 f"The upstream '{name}' did not finish its answer within {self.timeouts.total_s:g} s. Ask for less, or "
                 "raise timeouts.total_s of this upstream."
             )
-        elif now >= self._wait_until:
-            error = UpstreamTimeout(f"The upstream '{name}' {self._phase.format(self._seconds)}")
         else:
-            self._timer = self._loop.call_at(min(self._wait_until, self._total_at), self._on_timer)
-            return
+            error = UpstreamTimeout(f"The upstream '{name}' {self._phase.format(self._seconds)}")
         self.fail(error, at_once=True)
         self.connection.abort()
 
@@ -250,9 +341,12 @@ class Owner(Protocol):
 class Connection(asyncio.Protocol):
     """One socket to the upstream ``name``; carries one exchange at a time."""
 
-    def __init__(self, name: str, owner: Owner, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, name: str, owner: Owner, loop: asyncio.AbstractEventLoop, deadlines: Deadlines[Exchange]
+    ) -> None:
         self.name = name
         self.loop = loop
+        self.deadlines = deadlines
         self.idle_since = 0.0
         self._owner = owner
         self._exchange: Exchange | None = None

@@ -94,7 +94,7 @@ class UpstreamTable:
             return self._aliased(target, model_id, None)
         prefix, slash, model = model_id.partition("/")
         upstream = self.upstreams.get(prefix)
-        if not slash or not model or upstream is None or not _accepts(upstream, model):
+        if not slash or not model or upstream is None or not upstream.config.serves(model):
             return None
         return ModelBinding(upstream, model)
 
@@ -113,9 +113,22 @@ class UpstreamTable:
         ]
         return models
 
+    def find_pattern(self, name: str) -> str | None:
+        """Return the pattern that lets a model through which is not listed (``openai/*``, ``gpt-*``), or None."""
+        prefix, _, model = name.partition("/")
+        upstream = self.upstreams.get(prefix)
+        if upstream is not None:
+            found = _pattern_of(upstream, model)
+            return f"{prefix}/{found}" if found is not None else None
+        patterns = [alias for alias in self.aliases if is_pattern(alias)]
+        patterns += [
+            item for server in self.upstreams.values() if server.config.models for item in server.config.patterns
+        ]
+        return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
+
     def _names_of(self, upstream: Upstream) -> list[str]:
         names = _literal_models(upstream)
-        names += [model for model in self.discovered.get(upstream.name, ()) if _accepts(upstream, model)]
+        names += [model for model in self.discovered.get(upstream.name, ()) if upstream.config.serves(model)]
         return list(dict.fromkeys(names))
 
     def _get(self, name: str) -> Upstream:
@@ -144,17 +157,17 @@ class UpstreamTable:
             return bound
         prefix, slash, rest = name.partition("/")
         named = self.upstreams.get(prefix) if slash and rest else None
-        if named is not None and chosen in (None, named) and _accepts(named, rest):
+        if named is not None and chosen in (None, named) and named.config.serves(rest):
             return ModelBinding(named, rest)
         candidates = (chosen,) if chosen is not None else tuple(self.upstreams.values())
         for upstream in candidates:
-            if name in _literal_models(upstream):
+            if name in upstream.config.named:
                 return ModelBinding(upstream, name)
         for pattern, target in self.aliases.items():
             if fnmatchcase(name, pattern) and (bound := self._aliased(target, name, chosen)) is not None:
                 return bound
         for upstream in candidates:
-            if any(fnmatchcase(name, pattern) for pattern in upstream.config.models or ()):
+            if upstream.config.models is not None and upstream.config.serves(name):
                 return ModelBinding(upstream, name)
         if chosen is not None and chosen.config.models is None:
             return ModelBinding(chosen, name)
@@ -272,7 +285,5 @@ def _literal_models(upstream: Upstream) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _accepts(upstream: Upstream, model: str) -> bool:
-    if upstream.config.models is None or model == upstream.config.default_model:
-        return True
-    return any(fnmatchcase(model, pattern) for pattern in upstream.config.models)
+def _pattern_of(upstream: Upstream, model: str) -> str | None:
+    return next((pattern for pattern in upstream.config.patterns if fnmatchcase(model, pattern)), None)

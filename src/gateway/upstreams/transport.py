@@ -1,6 +1,6 @@
 """The connections to one upstream: opened with TLS or without, kept alive between requests, closed when retired.
 
-Proxies from the environment are not used.
+Proxies from the environment are used where an upstream says so.
 """
 
 from __future__ import annotations
@@ -8,17 +8,22 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
+from gateway.deadlines import Deadlines
 from gateway.errors import UpstreamTimeout, UpstreamUnreachable
 from gateway.upstreams.config import Limits, Timeouts
 from gateway.upstreams.http1 import Connection, ConnectionClosedEarly, Exchange
+from gateway.upstreams.proxy import Proxy, ProxyUnreachable, open_connection
+
+P = TypeVar("P", bound=asyncio.Protocol)
 
 MAX_IDLE_CONNECTIONS = 128
 KEEP_ALIVE_S = 30.0
+STALE_S = 1.0  # no server closes a connection that was idle for less because it was idle: that one failed
 
 _ON_DEMAND = " within {:g} s. If it loads models on demand, raise timeouts.first_byte_s of this upstream."
 _NO_EVENT = "sent no first event" + _ON_DEMAND
@@ -27,12 +32,16 @@ _NO_ANSWER = "sent no answer" + _ON_DEMAND
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where an upstream listens. ``tls`` None means plain TCP. ``name`` is the upstream's, for messages."""
+    """Where an upstream listens. ``tls`` None means plain TCP. ``name`` is the upstream's, for messages.
+
+    ``proxy`` stands in between; None means that there is none.
+    """
 
     name: str
     host: str
     port: int
     tls: ssl.SSLContext | None
+    proxy: Proxy | None = None
 
 
 class Transport:
@@ -49,6 +58,7 @@ class Transport:
         self._loop = asyncio.get_running_loop()
         self._idle: deque[Connection] = deque()
         self._active: set[Exchange] = set()
+        self._deadlines = Deadlines[Exchange](self._loop)
         self._retired = False
         self._sweeper: asyncio.TimerHandle | None = None
 
@@ -62,29 +72,54 @@ class Transport:
         """How many answers are being read."""
         return len(self._active)
 
-    async def send(self, head: bytes, body: bytes, *, streamed: bool, timeouts: Timeouts | None = None) -> Exchange:
+    async def send(
+        self, head: bytes, body: bytes, *, streamed: bool = False, timeouts: Timeouts | None = None
+    ) -> Exchange:
         """Send one request and return when the head of its answer is there; the caller closes the exchange.
 
         Raises `UpstreamUnreachable`, `UpstreamTimeout`, `UpstreamMalformed` or `UpstreamIncomplete`.
         """
+        exchange, _ = await self._send(head, body, timeouts or self._timeouts, _NO_EVENT if streamed else _NO_ANSWER)
+        return exchange
+
+    async def call(self, head: bytes, body: bytes) -> tuple[Exchange, bytes | None]:
+        """Send one request; return with the whole body of a 2xx answer, else as `send`."""
+        return await self._send(head, body, self._timeouts, _NO_ANSWER, whole=True)
+
+    async def _send(
+        self, head: bytes, body: bytes, timeouts: Timeouts, phase: str, *, whole: bool = False
+    ) -> tuple[Exchange, bytes | None]:
         loop = asyncio.get_running_loop()
-        timeouts = timeouts or self._timeouts
         total_at = loop.time() + timeouts.total_s
         connection = self._take() if loop is self._loop else None
-        if connection is not None:
+        stale = connection is not None and loop.time() - connection.idle_since >= STALE_S
+        while True:
+            if connection is None:
+                connection = await self._connect(loop, timeouts.connect_s)
+            exchange = Exchange(connection, timeouts, self._limits, total_at)
+            self._active.add(exchange)
             try:
-                return await self._exchange(connection, head, body, total_at, streamed, timeouts)
-            except ConnectionClosedEarly:
+                exchange.expect(timeouts.first_byte_s, phase)
+                connection.begin(exchange, head, body)
+                if whole:
+                    return exchange, await exchange.whole()
+                await exchange.head()
+                return exchange, None
+            except ConnectionClosedEarly as error:
+                exchange.close()
+                if not stale:
+                    raise self._closed_early() from error
                 # The other side closed the idle connection while the request was on its way and read nothing of it
-                # that it would answer: the one case in which a request may be sent twice.
-                pass
-        connection = await self._connect(loop, timeouts.connect_s)
-        try:
-            return await self._exchange(connection, head, body, total_at, streamed, timeouts)
-        except ConnectionClosedEarly as error:
-            raise UpstreamUnreachable(
-                f"The upstream '{self.origin.name}' closed the connection without an answer. See whether it is healthy."
-            ) from error
+                # that it would answer: the one case in which a request is sent twice without asking a retry budget.
+                connection, stale = None, False
+            except BaseException:
+                exchange.close()
+                raise
+
+    def _closed_early(self) -> UpstreamUnreachable:
+        return UpstreamUnreachable(
+            f"The upstream '{self.origin.name}' closed the connection without an answer. See whether it is healthy."
+        )
 
     async def upload(self, head: bytes, body: AsyncGenerator[bytes, None], *, chunked: bool) -> Exchange:
         """Send a request whose body comes piece by piece, on a connection of its own; return at the answer's head.
@@ -117,10 +152,7 @@ class Transport:
         except BaseException as error:
             exchange.close()
             if isinstance(error, ConnectionClosedEarly):
-                raise UpstreamUnreachable(
-                    f"The upstream '{self.origin.name}' closed the connection without an answer. See whether it is "
-                    "healthy."
-                ) from error
+                raise self._closed_early() from error
             raise
         finally:
             for task in (sending, answering):
@@ -155,33 +187,26 @@ class Transport:
         )
         exchange.connection.abort()
 
-    async def _exchange(
-        self, connection: Connection, head: bytes, body: bytes, total_at: float, streamed: bool, timeouts: Timeouts
-    ) -> Exchange:
-        exchange = Exchange(connection, timeouts, self._limits, total_at)
-        self._active.add(exchange)
-        try:
-            exchange.expect(timeouts.first_byte_s, _NO_EVENT if streamed else _NO_ANSWER)
-            connection.begin(exchange, head, body)
-            await exchange.head()
-        except BaseException:
-            exchange.close()
-            raise
-        return exchange
-
     async def _connect(self, loop: asyncio.AbstractEventLoop, seconds: float) -> Connection:
+        deadlines = self._deadlines if loop is self._loop else Deadlines[Exchange](loop)
+        return await self._open(loop, seconds, lambda: Connection(self.origin.name, self, loop, deadlines))
+
+    async def _open(self, loop: asyncio.AbstractEventLoop, seconds: float, protocol: Callable[[], P]) -> P:
+        """Return a connected protocol."""
         origin = self.origin
-        extra: dict[str, Any] = {"ssl": origin.tls, "server_hostname": origin.host} if origin.tls else {}
         try:
             async with asyncio.timeout(seconds):
-                _, connection = await loop.create_connection(
-                    lambda: Connection(origin.name, self, loop), origin.host, origin.port, **extra
+                return await open_connection(
+                    loop,
+                    origin.host,
+                    origin.port,
+                    tls=origin.tls,
+                    proxy=origin.proxy,
+                    name=origin.name,
+                    protocol=protocol,
                 )
         except TimeoutError as error:
-            raise UpstreamTimeout(
-                f"The upstream '{origin.name}' did not accept a connection within {seconds:g} s. See whether it is up "
-                "and reachable from the gateway."
-            ) from error
+            raise self._unconnected(seconds) from error
         except ssl.SSLCertVerificationError as error:
             raise UpstreamUnreachable(
                 f"The TLS certificate of the upstream '{origin.name}' was not accepted ({error.verify_message}). Name "
@@ -192,11 +217,21 @@ class Transport:
                 f"No TLS connection to the upstream '{origin.name}' ({error.reason or 'handshake failed'}). See "
                 "whether its base_url should start with http:// instead."
             ) from error
+        except ProxyUnreachable as error:
+            raise UpstreamUnreachable(
+                f"The proxy of the upstream '{origin.name}' cannot be reached. Start it, or correct proxy of this "
+                "upstream in upstreams.yaml."
+            ) from error
         except (OSError, UnicodeError) as error:
             raise UpstreamUnreachable(
                 f"The upstream '{origin.name}' cannot be reached. Start it, or correct its base_url in upstreams.yaml."
             ) from error
-        return connection
+
+    def _unconnected(self, seconds: float) -> UpstreamTimeout:
+        return UpstreamTimeout(
+            f"The upstream '{self.origin.name}' did not accept a connection within {seconds:g} s. See whether it is up "
+            "and reachable from the gateway."
+        )
 
     def _take(self) -> Connection | None:
         while self._idle:
@@ -255,10 +290,10 @@ async def _send_body(
         await connection.write(b"0\r\n\r\n")
 
 
-def open_tls(*, verify: bool, ca_file: str | None) -> ssl.SSLContext:
+def open_tls(*, verify: bool, ca_file: str | None, http2: bool = False) -> ssl.SSLContext:
     """Return a client context; raises ``OSError`` or ``ssl.SSLError`` for a bad ``ca_file``."""
     context = ssl.create_default_context(cafile=ca_file)
-    context.set_alpn_protocols(["http/1.1"])
+    context.set_alpn_protocols(["h2", "http/1.1"] if http2 else ["http/1.1"])
     if not verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE

@@ -1,0 +1,1 @@
+"""Workers: what the processes of one `gateway serve` say to each other, through their supervisor."""
