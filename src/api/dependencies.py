@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 from collections.abc import Mapping
+from itertools import chain
 
 from api.routing import Receive, Request
 from api.routing import Scope as AsgiScope
 from gateway.errors import BodyTooLarge, InvalidRequest, RequestTimedOut, Unauthenticated
+from gateway.ids import RandomIds
 from gateway.security.keys import Caller
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
 _FORWARDED = frozenset({"forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "via"})
 
 
 def read_headers(scope: AsgiScope) -> dict[str, str]:
     """Return the request's headers by lower-case name."""
-    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+    given = scope["headers"]
+    texts = b"\n".join(chain.from_iterable(given)).decode("latin-1").split("\n")
+    if len(texts) != 2 * len(given):  # a server that lets line breaks through, or no headers at all
+        return {name.decode("latin-1"): value.decode("latin-1") for name, value in given}
+    return dict(zip(texts[::2], texts[1::2], strict=True))
 
 
-def request_id(headers: Mapping[str, str]) -> str:
+def request_id(headers: Mapping[str, str], ids: RandomIds) -> str:
     """Return the caller's well-formed ``x-request-id``, else a new one."""
     given = headers.get("x-request-id")
-    return given if given is not None and _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
+    return given if given is not None and _REQUEST_ID.fullmatch(given) else ids.take().hex()
+
+
+def correlation_id(headers: Mapping[str, str], request_id: str) -> str:
+    """Return the caller's well-formed ``x-correlation-id``, else the request's own id."""
+    given = headers.get("x-correlation-id")
+    return given if given is not None and _REQUEST_ID.fullmatch(given) else request_id
 
 
 def caller(scope: AsgiScope, headers: Mapping[str, str]) -> Caller:
-    """Return what the request shows of who sent it; raise `Unauthenticated` for two ``Authorization`` headers."""
-    if [name for name, _ in scope["headers"]].count(b"authorization") > 1:
-        raise Unauthenticated("The request has more than one Authorization header. Send one.")
+    """Return what the request shows of who sent it; raise `Unauthenticated` for two headers of one kind."""
+    if len(headers) < len(scope["headers"]) and _is_shown_twice(scope):
+        raise Unauthenticated("The request has more than one Authorization or x-api-key header. Send one.")
     client = scope.get("client")
     return Caller(
         authorization=headers.get("authorization"),
@@ -41,6 +53,11 @@ def caller(scope: AsgiScope, headers: Mapping[str, str]) -> Caller:
         origin=headers.get("origin"),
         fetch_site=headers.get("sec-fetch-site"),
     )
+
+
+def _is_shown_twice(scope: AsgiScope) -> bool:
+    shown = [name for name, _ in scope["headers"] if name in _CREDENTIALS]
+    return len(shown) > len(set(shown))
 
 
 def session_id(headers: Mapping[str, str]) -> str | None:
@@ -64,6 +81,12 @@ async def read_body(request: Request) -> bytes:
     declared = request.headers.get("content-length")
     if declared is not None and declared.isdigit() and int(declared) > limit:
         raise _too_large(limit)
+    exchange = request.client.exchange
+    body = exchange.take_body() if exchange is not None else None
+    if body is not None:
+        if len(body) > limit:
+            raise _too_large(limit)
+        return body
     try:
         async with asyncio.timeout(request.gateway.settings.body_timeout_s):
             return await _read(request.receive, limit)

@@ -36,16 +36,20 @@ def error_object(error: GatewayError) -> dict[str, Any]:
     return {"error": shown}
 
 
-def routed_headers(upstream: str, attempts: int) -> Headers:
+def routed_headers(upstream: str, attempts: int, hedged: bool = False) -> Headers:
     """Return the headers that say which upstream served a model call (or failed last), and at which try."""
-    return (b"x-gateway-upstream", upstream.encode()), (b"x-gateway-attempts", str(attempts).encode())
+    headers = (b"x-gateway-upstream", upstream.encode()), (b"x-gateway-attempts", str(attempts).encode())
+    return (*headers, (b"x-gateway-hedged", b"true")) if hedged else headers
 
 
-def error_response(error: GatewayError) -> Response:
-    """Return the whole answer for an error that comes before the first byte of a stream."""
+def error_response(error: GatewayError, *, challenge: bytes = b"Bearer") -> Response:
+    """Return the whole answer for an error that comes before the first byte of a stream.
+
+    ``challenge`` is what a caller who is not known is told about how to become so.
+    """
     headers: list[tuple[bytes, bytes]] = []
     if isinstance(error, Unauthenticated):
-        headers.append((b"www-authenticate", b"Bearer"))
+        headers.append((b"www-authenticate", challenge))
     if error.retry_after_s is not None:
         headers.append((b"retry-after", str(math.ceil(error.retry_after_s)).encode()))
     if error.should_retry is not None:
@@ -54,6 +58,7 @@ def error_response(error: GatewayError) -> Response:
         headers.append((b"allow", ", ".join(error.allow).encode()))
     if error.routed is not None:
         headers += routed_headers(*error.routed)
+    headers.extend(error.headers)
     if error.is_relayed:
         headers.extend(error.upstream_headers)
     result: Headers = tuple(headers)

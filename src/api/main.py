@@ -15,17 +15,29 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from api.bootstrap import Gateway, open_gateway
-from api.dependencies import caller, read_headers, request_id
+from api.client import Client
+from api.dependencies import caller, correlation_id, read_headers, request_id
 from api.draining import draining
+from api.edge import CLOSED
 from api.errors import error_response, public
+from api.mcp.metadata import challenge
 from api.route_table import TABLE
-from api.routing import Receive, Request, Response, Route, RouteTable, Scope, Send
+from api.routing import Receive, Request, Response, RouteTable, Scope, Send
 from gateway.config import Settings
 from gateway.errors import ConfigError, GatewayError, ScopeRequired, ServiceUnavailable
-from gateway.observability.logs import bind_request_id, log_event
-from gateway.principal import Principal
+from gateway.ids import RandomIds
+from gateway.observability.logs import EventShape, LogContext, bind_request_id, log_event
+from gateway.observability.metrics import METHODS
+from gateway.observability.traces import Span, Tracer, remote_parent
+from gateway.workers.workers import Workers
 
 _log = logging.getLogger("api")
+_ANSWERED = EventShape(
+    _log,
+    "http.request",
+    *("method", "path", "status", "duration_ms", "key_id", "client_ip", "user_agent"),
+    foreign=("method", "client_ip", "user_agent"),
+)
 
 _NOT_STARTED = ServiceUnavailable(
     "The gateway is not running: its server must start it (ASGI lifespan), and has not, or has stopped it again."
@@ -33,13 +45,26 @@ _NOT_STARTED = ServiceUnavailable(
 
 
 class GatewayApp:
-    """The product as one ASGI 3 application; ``settings`` default to the environment, read at start-up."""
+    """The product as one ASGI 3 application; ``settings`` default to the environment, read at start-up.
 
-    def __init__(self, settings: Settings | None = None, table: RouteTable = TABLE) -> None:
+    ``workers`` and ``own_port`` are for one process of several; see `open_gateway`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        table: RouteTable = TABLE,
+        *,
+        workers: Workers | None = None,
+        own_port: int | None = None,
+    ) -> None:
         self._settings = settings
+        self._workers = workers
+        self._own_port = own_port
         self._table = table
         self._gateway: Gateway | None = None
         self._cold: asyncio.Future[Any] | None = None
+        self._ids = RandomIds()
 
     @property
     def gateway(self) -> Gateway | None:
@@ -60,7 +85,9 @@ class GatewayApp:
         async with AsyncExitStack() as stack:
             try:
                 settings = self._settings or Settings.from_env()
-                self._gateway = await stack.enter_async_context(open_gateway(settings))
+                self._gateway = await stack.enter_async_context(
+                    open_gateway(settings, workers=self._workers, own_port=self._own_port)
+                )
             except ConfigError as error:
                 await send({"type": "lifespan.startup.failed", "message": error.message})
                 return
@@ -80,85 +107,142 @@ class GatewayApp:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
         headers = read_headers(scope)
-        rid = request_id(headers)
-        status = 0
-        route: Route | None = None
-        principal: Principal | None = None
-        id_header = (b"x-request-id", rid.encode())
-
-        async def send_with_id(message: dict[str, Any]) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message.get("headers", ()), id_header]
-            await send(message)
-
-        with bind_request_id(rid):
+        rid = request_id(headers, self._ids)
+        cid = correlation_id(headers, rid)
+        ids = (b"x-request-id", rid.encode()), (b"x-correlation-id", cid.encode())
+        client = Client(scope, send, (*ids, *CLOSED))
+        with bind_request_id(rid, cid) as line:
             gateway = self._gateway
             if gateway is None:
-                await _respond(send_with_id, error_response(_NOT_STARTED), closing=True)
+                await _respond(client, error_response(_NOT_STARTED), closing=True)
                 return
+            request = Request(scope, receive, client, gateway, rid, headers, self._ids)
             try:
-                route, principal, params = self._enter(gateway, scope, headers)
-                if route.handler is None:
-                    await self._forward(gateway, principal, rid, scope, receive, send_with_id)
+                if not gateway.edge.is_plain and await _is_answered_at_the_edge(request):
+                    return
+                if gateway.tracer is None:
+                    await self._serve(request, line)
                 else:
-                    request = Request(scope, receive, send_with_id, gateway, rid, headers, principal, params)
-                    response = await route.handler(request)
-                    if response is not None:
-                        await _respond(send_with_id, response)
+                    await self._serve_traced(request, line, gateway.tracer)
             except Exception as error:  # noqa: BLE001 - the border: nothing escapes as anything but an error object
                 shown = public(error)
                 gateway.metrics.error(shown.domain, shown.code or shown.type)
                 if not isinstance(error, GatewayError):
                     log_event(_log, "http.request.crashed", level=logging.ERROR, exc_info=error)
-                if not status:
-                    await _respond(send_with_id, error_response(shown), closing=True)
+                if not client.status:
+                    await _respond(client, error_response(shown, challenge=challenge(request)), closing=True)
             finally:
-                seconds = time.perf_counter() - started
-                template = route.path if route else "(unknown)"
-                gateway.metrics.http_request(template, scope["method"], status, seconds)
-                client = scope.get("client")
-                log_event(
-                    _log,
-                    "http.request",
-                    method=scope["method"],
-                    path=template,
-                    status=status,
-                    duration_ms=round(seconds * 1000, 2),
-                    key_id=principal.key_id if principal else None,
-                    client_ip=client[0] if client else None,
-                    user_agent=headers.get("user-agent"),
-                )
+                _record(request, time.perf_counter() - started)
 
-    def _enter(self, gateway: Gateway, scope: Scope, headers: dict[str, str]) -> tuple[Route, Principal | None, Any]:
-        """The door: route, key, scope. A path that nothing serves still needs a key, so that probing tells nothing."""
+    async def _serve(self, request: Request, line: LogContext) -> None:
         try:
-            route, params = self._table.match(scope["method"], scope["path"])
+            self._enter(request)
+        finally:
+            line.endpoint = request.route.path if request.route is not None else None
+        assert request.route is not None, "it has passed the door"
+        if request.route.handler is None:
+            await self._forward(request)
+            return
+        response = await request.route.handler(request)
+        if response is not None:
+            await _respond(request.client, response)
+
+    async def _serve_traced(self, request: Request, line: LogContext, tracer: Tracer) -> None:
+        """Serve inside a span; of health, metrics and the like, which are asked for all day, none is sent."""
+        method, client = request.scope["method"], request.client
+        method = method if method in METHODS else "_OTHER"
+        attributes = {"http.request.method": method, "gateway.request_id": request.request_id}
+        parent = remote_parent(request.headers.get("traceparent"))
+        with Span(tracer, method, attributes, kind="server", parent=parent) as span:
+            error: BaseException | None = None
+            try:
+                await self._serve(request, line)
+            except BaseException as raised:
+                error = raised
+                raise
+            finally:
+                status = client.status or (public(error).status if isinstance(error, Exception) else 0)
+                route, principal = request.route, request.principal
+                span.rename(f"{method} {route.path}" if route is not None else method)
+                span.set(
+                    {
+                        "http.route": route.path if route is not None else None,
+                        "http.response.status_code": status or None,
+                        "gateway.key_id": principal.key_id if principal is not None else None,
+                        "gateway.correlation_id": line.correlation_id,
+                    }
+                )
+                if route is not None and route.scope in ("public", "metrics"):
+                    span.discard()
+                elif isinstance(error, Exception) and status < 500:
+                    span.end()  # the caller's own mistake: the server did what it should
+
+    def _enter(self, request: Request) -> None:
+        """The door: route, key, scope. A path that nothing serves still needs a key, so that probing tells nothing."""
+        scope, headers, keyring = request.scope, request.headers, request.gateway.holder.current.keyring
+        try:
+            request.route, request.path_params = route, _ = self._table.match(scope["method"], scope["path"])
         except GatewayError:
-            gateway.holder.current.keyring.authenticate(caller(scope, headers))
+            request.gateway.throttle.authenticate(keyring, caller(scope, headers))
             raise
         if route.scope == "public":
-            return route, None, params
-        principal = gateway.holder.current.keyring.authenticate(caller(scope, headers))
+            return
+        request.principal = principal = request.gateway.throttle.authenticate(keyring, caller(scope, headers))
         if route.scope not in principal.scopes and not principal.is_admin:
             raise ScopeRequired(
                 f"This needs a key with the scope '{route.scope}'; '{principal.key_id}' has "
                 f"{', '.join(sorted(principal.scopes)) or 'none'}. Scopes stand in security.yaml."
             )
-        return route, principal, params
 
-    async def _forward(
-        self, gateway: Gateway, principal: Principal | None, rid: str, scope: Scope, receive: Receive, send: Send
-    ) -> None:
+    async def _forward(self, request: Request) -> None:
         """Hand the request to FastAPI, which is built once, at its first use."""
         if self._cold is None:
             self._cold = asyncio.ensure_future(asyncio.to_thread(_build_cold, self._table))
         cold = await asyncio.shield(self._cold)
-        state = {**scope.get("state", {}), "gateway": gateway, "principal": principal, "request_id": rid}
+        scope = request.scope
+        if request.route is not None and request.route.action == "service.docs":  # a page has a policy of its own
+            policy = b"content-security-policy"
+            request.client.headers = tuple(field for field in request.client.headers if field[0] != policy)
+        given = {"gateway": request.gateway, "principal": request.principal, "request_id": request.request_id}
         # The server leaves the body of an answer to HEAD out; FastAPI's routes know GET alone.
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
-        await cold({**scope, "method": method, "state": state}, receive, send)
+        state = {**scope.get("state", {}), **given}
+        await cold({**scope, "method": method, "state": state}, request.receive, request.client.send)
+
+
+async def _is_answered_at_the_edge(request: Request) -> bool:
+    """Judge host, proxies and origin; a browser's question before a request is answered without a key."""
+    edge, client = request.gateway.edge, request.client
+    client.headers = (*client.headers[:2], *edge.headers)
+    client.headers += edge.enter(request.scope, request.headers)
+    answer = edge.preflight(request.scope, request.headers)
+    if answer is None:
+        return False
+    client.headers = (*client.headers[:2], *edge.headers)
+    await client.send({"type": "http.response.start", "status": 204, "headers": answer})
+    await client.send({"type": "http.response.body", "body": b""})
+    return True
+
+
+def _record(request: Request, seconds: float) -> None:
+    """Leave the traces of one answer in metrics and log."""
+    scope, principal, status = request.scope, request.principal, request.client.status
+    template = request.route.path if request.route is not None else "(unknown)"
+    client = scope.get("client")
+    request.gateway.metrics.http_request(template, scope["method"], status, seconds)
+    waits = request.route is not None and request.route.scope == "chat"
+    request.gateway.endpoints.record(template, status, seconds, waits=waits)
+    _ANSWERED.log(
+        [
+            scope["method"],
+            template,
+            status,
+            round(seconds * 1000, 2),
+            principal.key_id if principal is not None else None,
+            client[0] if client else None,
+            request.headers.get("user-agent"),
+        ]
+    )
 
 
 def _build_cold(table: RouteTable) -> Any:
@@ -166,21 +250,23 @@ def _build_cold(table: RouteTable) -> Any:
     return importlib.import_module("api.admin").build_app(table)
 
 
-async def _respond(send: Send, response: Response, *, closing: bool = False) -> None:
+async def _respond(client: Client, response: Response, *, closing: bool = False) -> None:
     headers = [
         (b"content-type", response.content_type),
-        (b"content-length", str(len(response.body)).encode()),
+        (b"content-length", b"%d" % len(response.body)),
         *response.headers,
     ]
     if closing and response.status in (401, 408, 413):
         headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": response.status, "headers": headers})
-    await send({"type": "http.response.body", "body": response.body})
+    await client.send({"type": "http.response.start", "status": response.status, "headers": headers})
+    await client.send({"type": "http.response.body", "body": response.body})
 
 
-def create_app(settings: Settings | None = None) -> GatewayApp:
+def create_app(
+    settings: Settings | None = None, *, workers: Workers | None = None, own_port: int | None = None
+) -> GatewayApp:
     """Return a new application; nothing is opened until its lifespan starts."""
-    return GatewayApp(settings)
+    return GatewayApp(settings, workers=workers, own_port=own_port)
 
 
 app = create_app()

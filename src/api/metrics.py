@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
 import msgspec
 
 from api.routing import Request, Response
-from gateway.errors import NotFound
+from gateway.errors import NotFound, ServiceUnavailable
+from gateway.observability.exposition import OPENMETRICS_TYPE, TEXT_TYPE
+from gateway.workers.peer import CallFailed
+
+if TYPE_CHECKING:  # the composition root imports the route table
+    from api.bootstrap import Gateway
 
 _JSON = "application/json"
 _TEXT = "text/plain"
@@ -13,21 +21,22 @@ _OPENMETRICS = "application/openmetrics-text"
 _HEADERS = ((b"cache-control", b"no-store"), (b"vary", b"accept"))
 
 
-async def metrics(request: Request) -> Response:
+async def metrics(request: Request) -> Response | None:
     """Answer JSON, unless the client prefers one of the text formats and they are switched on."""
     offered = (_JSON, _TEXT, _OPENMETRICS) if request.gateway.settings.prometheus_enabled else (_JSON,)
     chosen = negotiate(request.headers.get("accept"), offered)
     if chosen != _JSON:
-        return await _text(request, openmetrics=chosen == _OPENMETRICS)
-    return Response(msgspec.json.encode(request.gateway.metrics.snapshot()), headers=_HEADERS)
+        await _send_text(request, openmetrics=chosen == _OPENMETRICS)
+        return None
+    return Response(msgspec.json.encode(await _summary(request.gateway)), headers=_HEADERS)
 
 
-async def prometheus(request: Request) -> Response:
+async def prometheus(request: Request) -> None:
     """Answer the exposition, in the text format that the scraper prefers."""
     if not request.gateway.settings.prometheus_enabled:
         raise NotFound("The Prometheus exposition is switched off; GATEWAY_PROMETHEUS_ENABLED=1 serves it.")
     chosen = negotiate(request.headers.get("accept"), (_TEXT, _OPENMETRICS))
-    return await _text(request, openmetrics=chosen == _OPENMETRICS)
+    await _send_text(request, openmetrics=chosen == _OPENMETRICS)
 
 
 def negotiate(accept: str | None, offered: tuple[str, ...]) -> str:
@@ -46,9 +55,36 @@ def negotiate(accept: str | None, offered: tuple[str, ...]) -> str:
     return best
 
 
-async def _text(request: Request, *, openmetrics: bool) -> Response:
-    body, content_type = await request.gateway.metrics.render(openmetrics=openmetrics)
-    return Response(body, content_type=content_type.encode(), headers=_HEADERS)
+async def _send_text(request: Request, *, openmetrics: bool) -> None:
+    """Send the exposition as it is written: it is never held as a whole, and a slow scraper slows its writing."""
+    gateway = request.gateway
+    if gateway.workers.is_alone:
+        pieces = gateway.metrics.render(openmetrics=openmetrics)
+    else:
+        pieces = _single(await _ask(gateway, "metrics.render", openmetrics))
+    content_type = (b"content-type", OPENMETRICS_TYPE if openmetrics else TEXT_TYPE)
+    await request.send({"type": "http.response.start", "status": 200, "headers": [content_type, *_HEADERS]})
+    async for piece in pieces:
+        await request.send({"type": "http.response.body", "body": piece, "more_body": True})
+    await request.send({"type": "http.response.body", "body": b""})
+
+
+async def _summary(gateway: Gateway) -> Any:
+    if gateway.workers.is_alone:
+        return gateway.metrics.snapshot()
+    return await _ask(gateway, "metrics.summary", None)
+
+
+async def _ask(gateway: Gateway, name: str, value: Any) -> Any:
+    """Return the numbers of all workers, which the supervisor adds up and writes."""
+    try:
+        return await gateway.workers.ask_supervisor(name, value, timeout_s=10)
+    except CallFailed as error:
+        raise ServiceUnavailable(f"The metrics of the other workers cannot be had: {error}.") from error
+
+
+async def _single(piece: bytes) -> AsyncIterator[bytes]:
+    yield piece
 
 
 def _wish(part: str) -> tuple[str, float]:

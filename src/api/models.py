@@ -5,6 +5,7 @@ Answered from the snapshot alone: nothing is imported, and no disk or upstream i
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -15,7 +16,6 @@ from gateway.errors import ModelNotFound
 from gateway.principal import Principal
 from gateway.registry.entry import AgentEntry
 from gateway.routing.targets import Binding, ListedModel
-from gateway.security.acl import allows
 from gateway.snapshot import Snapshot
 from gateway.upstreams.table import UpstreamModel
 
@@ -25,7 +25,9 @@ _HEADERS = ((b"cache-control", b"private, no-cache"),)
 async def list_models(request: Request) -> Response:
     """List what the caller reaches, by id; one body per access list and snapshot."""
     principal, snapshot = request.caller, request.gateway.holder.current
-    key = ("models", principal.allow, principal.is_admin)
+    access = snapshot.access
+    one = principal.key_id if access.overrides else None  # an override may hold for one key alone
+    key = ("models", principal.allow, principal.allow_by_namespace, one, principal.is_admin)
     body = snapshot.derived.get(key)
     if body is None:
         body = snapshot.derived[key] = _encode_list(principal, snapshot)
@@ -64,15 +66,17 @@ async def _resolve(request: Request, name: str) -> tuple[AgentEntry | Binding, S
 
 
 def _encode_list(principal: Principal, snapshot: Snapshot) -> bytes:
+    access = snapshot.access
+    reaches = partial(access.allows, principal)
     data = [
         _agent(entry, admin=principal.is_admin)
         for entry in snapshot.registry.list_entries()
-        if entry.executor is not None and entry.options.expose and allows(principal, entry.id)
+        if entry.executor is not None and entry.options.expose and access.allows(principal, entry.id)
     ]
     data += [
         _upstream(model)
         for model in snapshot.routes.list_models()
-        if allows(principal, model.id) and snapshot.registry.find(model.id) is None
+        if reaches(model.id) and snapshot.registry.find_reached(model.id, reaches) is None
     ]
     return msgspec.json.encode({"object": "list", "data": data})
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gateway.errors import MethodNotAllowed, NotFound
+from gateway.ids import RandomIds
 from gateway.principal import Principal
 
 if TYPE_CHECKING:  # the composition root imports this module
     from api.bootstrap import Gateway
+    from api.client import Client
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -20,19 +22,31 @@ Headers = tuple[tuple[bytes, bytes], ...]
 
 RequiredScope = Literal["public", "chat", "metrics", "admin"]
 
+_ACTION = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")
+
 
 @dataclass(slots=True)
 class Request:
-    """One HTTP request that has passed the door. ``headers`` has lower-case names; the last of a repeated one wins."""
+    """One HTTP request. ``headers`` has lower-case names; the last of a repeated one wins.
+
+    ``route``, ``principal`` and ``path_params`` are there once it has passed the door.
+    """
 
     scope: Scope
     receive: Receive
-    send: Send
+    client: Client
     gateway: Gateway
     request_id: str
     headers: Mapping[str, str]
-    principal: Principal | None
+    ids: RandomIds = field(default_factory=RandomIds)
+    route: Route | None = None
+    principal: Principal | None = None
     path_params: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def send(self) -> Send:
+        """The ASGI way to the client."""
+        return self.client.send
 
     @property
     def caller(self) -> Principal:
@@ -70,6 +84,13 @@ class Route:
     summary: str
     handler: Handler | None = None
     aliases: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for a row that policy could not judge."""
+        if self.scope not in get_args(RequiredScope):
+            raise ValueError(f"{self.method} {self.path} has no scope that a key can have: {self.scope!r}")
+        if not _ACTION.fullmatch(self.action):
+            raise ValueError(f"{self.method} {self.path} has no action: {self.action!r}")
 
 
 class RouteTable:

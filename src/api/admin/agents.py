@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import msgspec
 from pydantic import BaseModel, Field
 from starlette.requests import Request
+from starlette.responses import Response
 
+from api import states
+from api.admin.moments import iso
+from api.admin.refreshing import refresh
+from api.shared import recent_failures
 from gateway.observability.recent import CAPACITY, ErrorRecord
-from gateway.registry.entry import AgentEntry, Diagnostic
+from gateway.registry.entry import Diagnostic
 
 if TYPE_CHECKING:  # the composition root imports the route table
     from api.bootstrap import Gateway
@@ -32,6 +37,10 @@ class AgentRecord(BaseModel):
     error: str | None = Field(description="What is wrong and what mends it; null when nothing is.")
 
 
+_EVENTS = {"tool_not_allowed": "tool.module.blocked"}
+"""The log's own word, where it is not that of a drop-in."""
+
+
 class ErrorEntry(BaseModel):
     """One failure of discovery or of a run."""
 
@@ -46,22 +55,23 @@ class ErrorEntry(BaseModel):
 
 
 async def list_agents(request: Request) -> list[AgentRecord]:
-    """List every agent with its status, those that did not load included."""
-    return _records(_gateway(request))
+    """List every agent with its status, those that did not load included; where workers differ, the worst."""
+    return await _records(_gateway(request))
 
 
-async def refresh_agents(request: Request) -> list[AgentRecord]:
-    """Look at the drop-in folders and `agents.yaml` again, load what changed, and list every agent."""
+async def refresh_agents(request: Request, response: Response) -> list[AgentRecord]:
+    """Look at the drop-in folders and `agents.yaml` again, load what changed in every worker, and list every agent."""
     gateway = _gateway(request)
-    await gateway.reloader.refresh_agents()
-    return _records(gateway)
+    await refresh(gateway, "agents", response)
+    return await _records(gateway)
 
 
 async def list_errors(request: Request) -> list[ErrorEntry]:
     """List the last failures of discovery and of runs, newest first."""
     gateway = _gateway(request)
-    found = [(item.occurred_at, _discovery_error(item)) for item in gateway.catalogue.recent_errors()]
-    found += [(item.occurred_at, _run_error(item)) for item in gateway.engine.recent_errors.list_errors()]
+    drop_ins, runs = await recent_failures(gateway)
+    found = [(item.occurred_at, _discovery_error(item)) for item in drop_ins]
+    found += [(item.occurred_at, _run_error(item)) for item in runs]
     return [entry for _, entry in sorted(found, key=lambda pair: pair[0], reverse=True)][:CAPACITY]
 
 
@@ -69,12 +79,13 @@ def _gateway(request: Request) -> Gateway:
     return cast("Gateway", request.state.gateway)
 
 
-def _records(gateway: Gateway) -> list[AgentRecord]:
-    return [_record(entry) for entry in gateway.holder.current.registry.list_entries()]
+async def _records(gateway: Gateway) -> list[AgentRecord]:
+    return [_record(found) for found in await states.list_agents(gateway)]
 
 
-def _record(entry: AgentEntry) -> AgentRecord:
-    diagnostics = entry.list_diagnostics()
+def _record(found: states.SharedAgent) -> AgentRecord:
+    entry = found.state
+    diagnostics = entry.diagnostics
     first = next((item for item in diagnostics if item.severity == "error"), None)
     metadata: dict[str, Any] = {
         "source": entry.source,
@@ -83,8 +94,10 @@ def _record(entry: AgentEntry) -> AgentRecord:
         "content_hash": entry.content_hash,
         "generation": entry.generation,
         "aliases": list(entry.aliases),
-        "expose": entry.options.expose,
+        "expose": entry.expose,
     }
+    if found.workers:
+        metadata |= {"workers": [msgspec.to_builtins(here) for here in found.workers], "workers_agree": found.agree}
     if first is not None:
         metadata |= _diagnostic(first)
     if diagnostics:
@@ -116,14 +129,14 @@ def _diagnostic(item: Diagnostic) -> dict[str, Any]:
         "line": item.line,
         "module": item.module,
         "cause": item.cause,
-        "occurred_at": _iso(item.occurred_at),
+        "occurred_at": iso(item.occurred_at),
     }
 
 
 def _discovery_error(item: Diagnostic) -> ErrorEntry:
     return ErrorEntry(
-        timestamp=_iso(item.occurred_at),
-        event="agent.dropin.blocked" if item.kind == "security" else "agent.dropin.failed",
+        timestamp=iso(item.occurred_at),
+        event=_EVENTS.get(item.code) or ("agent.dropin.blocked" if item.kind == "security" else "agent.dropin.failed"),
         message=item.message,
         request_id=None,
         agent_id=None,
@@ -142,7 +155,7 @@ def _discovery_error(item: Diagnostic) -> ErrorEntry:
 
 def _run_error(item: ErrorRecord) -> ErrorEntry:
     return ErrorEntry(
-        timestamp=_iso(item.occurred_at),
+        timestamp=iso(item.occurred_at),
         event=item.event,
         message=item.message,
         request_id=item.request_id,
@@ -151,7 +164,3 @@ def _run_error(item: ErrorRecord) -> ErrorEntry:
         error_stage=item.error_stage,
         details=dict(item.details),
     )
-
-
-def _iso(moment: float) -> str:
-    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

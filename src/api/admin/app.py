@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.admin import agents, upstreams
+from api.admin import agents, security, upstreams
 from api.admin.explorer import explorer_response
 from api.admin.openapi import build_document
 from api.errors import error_response, public
@@ -49,6 +49,11 @@ def build_app(table: RouteTable) -> FastAPI:
         "agents.errors": agents.list_errors,
         "upstreams.list": upstreams.list_upstreams,
         "upstreams.refresh": upstreams.refresh_upstreams,
+        "security.refresh": security.refresh_security,
+        "security.preview": security.preview,
+        "security.overrides.list": security.list_overrides,
+        "security.overrides.create": security.make_override,
+        "security.overrides.delete": security.revoke_override,
         "service.docs": explorer_response,
         "service.openapi": openapi,
     }
@@ -82,7 +87,9 @@ def _translate(error: Exception) -> Exception:
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:])
-        return InvalidRequest(f"Invalid value for '{where}': {first['msg']}.", param=where or None)
+        if not where:
+            return InvalidRequest("The request needs a body: a JSON object. The API is described at /docs.")
+        return InvalidRequest(f"Invalid value for '{where}': {first['msg']}.", param=where)
     if isinstance(error, HTTPException):
         if error.status_code == 405:
             return MethodNotAllowed("This path does not answer that method. The API is described at /docs.")

@@ -6,23 +6,18 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 from fastapi.openapi.utils import get_openapi
 from starlette.routing import BaseRoute
 
+from api.admin.bodies import BODIES, PARAMETERS, body_schemas
 from api.admin.schemas import ANSWERS, COMPONENTS
 from api.routing import Route, RouteTable
 from gateway import __version__
-from gateway.chat import ChatRequest
 
 _DESCRIPTION = (
     "Agents of the OpenAI Agents SDK, served as models of an OpenAI-compatible API. Every answer carries "
     '`x-request-id`; every error is `{"error": {message, type, param, code}}`.'
 )
-_FORMS = ("audio.tr", "images.", "files.")
-"""Actions whose requests may be forms."""
-
-_BODIES: dict[str, type[msgspec.Struct]] = {"chat.completions.create": ChatRequest}
 
 
 def build_document(table: RouteTable, routes: Sequence[BaseRoute]) -> dict[str, Any]:
@@ -30,7 +25,7 @@ def build_document(table: RouteTable, routes: Sequence[BaseRoute]) -> dict[str, 
     document = get_openapi(title="Agent Gateway", version=__version__, description=_DESCRIPTION, routes=routes)
     document["tags"] = [{"name": name} for name in dict.fromkeys(_tag(route) for route in table.routes)]
     components = document.setdefault("components", {})
-    components["schemas"] = {**_body_schemas(), **COMPONENTS, **_without_validation(components.get("schemas", {}))}
+    components["schemas"] = {**body_schemas(), **COMPONENTS, **_without_validation(components.get("schemas", {}))}
     components["securitySchemes"] = {
         "bearer": {"type": "http", "scheme": "bearer"},
         "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -55,21 +50,18 @@ def _operation(route: Route, known: dict[str, Any] | None) -> dict[str, Any]:
     if route.scope == "public":
         operation["security"] = []
     names = re.findall(r"\{(\w+)(?::path)?\}", route.path)
-    if names:
-        operation["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
-        ]
-    body = _BODIES.get(route.action)
-    if body is not None:
-        operation["requestBody"] = {"required": True, "content": _json_content(f"#/components/schemas/{body.__name__}")}
-    elif route.method == "POST" and route.handler is not None:
-        types = ["application/json"]
-        if route.action.startswith(_FORMS):
-            types.append("multipart/form-data")
-        operation["requestBody"] = {"content": {kind: {"schema": {"type": "object"}} for kind in types}}
+    if names or route.action in PARAMETERS:
+        path = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+        operation["parameters"] = [*path, *PARAMETERS.get(route.action, [])]
+    if route.action in BODIES:
+        required, content = BODIES[route.action]
+        operation["requestBody"] = {
+            "required": required,
+            "content": {kind: {"schema": schema} for kind, schema in content.items()},
+        }
     answers = {status: answer for status, answer in (known or {}).get("responses", {}).items() if status != "422"}
     answers |= ANSWERS.get(route.action, {})
-    if "200" not in answers:
+    if not answers:
         answers["200"] = {"description": "The upstream's answer, as it came.", "content": {"*/*": {}}}
     answers["default"] = {
         "description": "An error, with its own status.",
@@ -77,14 +69,6 @@ def _operation(route: Route, known: dict[str, Any] | None) -> dict[str, Any]:
     }
     operation["responses"] = answers
     return operation
-
-
-def _body_schemas() -> dict[str, Any]:
-    _, schemas = msgspec.json.schema_components(_BODIES.values(), ref_template="#/components/schemas/{name}")
-    # `extra` is where unknown top-level fields are kept, not a field of the wire.
-    schemas["ChatRequest"]["properties"].pop("extra")
-    schemas["ChatRequest"]["additionalProperties"] = True
-    return schemas
 
 
 def _without_validation(schemas: dict[str, Any]) -> dict[str, Any]:

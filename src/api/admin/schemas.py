@@ -25,6 +25,11 @@ def _list(items: dict[str, Any]) -> dict[str, Any]:
     return {"type": "array", "items": items}
 
 
+_MCP_REFUSAL = {"type": "object", "properties": {"error": {"type": "object"}}, "required": ["error"]}
+_NAMES = {"type": ["array", "null"], "items": _STRING}
+_STATE = {"enum": ["healthy", "degraded", "unhealthy"]}
+
+
 def _ref(name: str) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{name}"}
 
@@ -33,8 +38,20 @@ def _const(value: str) -> dict[str, Any]:
     return {"type": "string", "const": value}
 
 
+def _event(data: dict[str, Any], *, ends: bool = True) -> dict[str, Any]:
+    """Describe one event of a stream, whose data is JSON; the last one's is ``[DONE]`` if it ``ends`` so."""
+    text = {"type": "string", "contentMediaType": "application/json", "contentSchema": data}
+    return _object({"data": {"anyOf": [_const("[DONE]"), text]} if ends else text})
+
+
 def _answer(description: str, **content: dict[str, Any]) -> dict[str, Any]:
-    types = {"json": "application/json", "text": "text/plain", "events": "text/event-stream", "html": "text/html"}
+    types = {
+        "json": "application/json",
+        "text": "text/plain",
+        "events": "text/event-stream",
+        "html": "text/html",
+        "openmetrics": "application/openmetrics-text",
+    }
     return {
         "description": description,
         "content": {types[kind]: {"schema": schema} for kind, schema in content.items()},
@@ -74,6 +91,51 @@ COMPONENTS: dict[str, Any] = {
         }
     ),
     "ModelList": _object({"object": _const("list"), "data": _list(_ref("Model"))}),
+    "Tool": _object(
+        {
+            "name": _STRING,
+            "provider": {"enum": ["local", "http", "openapi", "mcp"]},
+            "entry": {"type": "string", "description": "The entry of tools.yaml."},
+            "module": _nullable("string"),
+            "url": _nullable("string"),
+            "method": _nullable("string"),
+            "title": _nullable("string"),
+            "description": _STRING,
+            "schema": {"type": "object", "description": "JSON Schema of the arguments."},
+            "digest": {"type": "string", "description": "SHA-256 of what the tool says of itself."},
+            "timeout": _NUMBER,
+            "max_concurrency": _INTEGER,
+            "max_result_bytes": _INTEGER,
+            "idempotent": {"type": "boolean"},
+            "read_only": {"type": "boolean"},
+            "allowed_for": _nullable("object"),
+            "status": {"enum": ["ready", "unavailable"]},
+            "problem": _nullable("string"),
+            "health": _object(
+                {
+                    "status": {"enum": ["unknown", "ok", "degraded", "down"]},
+                    "detail": _nullable("string"),
+                    "checked_at": _nullable("string"),
+                }
+            ),
+        }
+    ),
+    "ToolList": _object(
+        {
+            "object": _const("list"),
+            "data": _list(_ref("Tool")),
+            "entries": _list(_object({"entry": _STRING, "provider": _STRING, "health": {"type": "object"}})),
+        },
+        "entries",
+    ),
+    "ToolAnswer": _object(
+        {
+            "tool_name": _STRING,
+            "result": {"description": "The JSON value the tool gave, or its text; null beside an error."},
+            "parts": _list({"type": "object"}),
+            "error": {"type": ["string", "null"], "description": "What the tool itself reports as its failure."},
+        }
+    ),
     "Usage": _object(
         {
             "prompt_tokens": _INTEGER,
@@ -128,6 +190,75 @@ COMPONENTS: dict[str, Any] = {
         },
         "usage",
     ),
+    "ApiKey": _object(
+        {
+            "id": _STRING,
+            "object": _const("api_key"),
+            "source": {"enum": ["configuration", "store"]},
+            "scopes": _list(_STRING),
+            "allow_agents": _NAMES,
+            "allow_tools": _NAMES,
+            "namespace": _STRING,
+            "profile": _STRING,
+            "expires_at": _nullable("string"),
+            "description": _nullable("string"),
+            "limits": _nullable("object"),
+            "end_user_limits": _nullable("object"),
+            "created_at": _STRING,
+            "created_by": _STRING,
+            "revoked_at": _nullable("string"),
+            "previous_key_until": _nullable("string"),
+        },
+        "description",
+        "limits",
+        "end_user_limits",
+        "created_at",
+        "created_by",
+        "revoked_at",
+        "previous_key_until",
+    ),
+    "ApiKeyList": _object({"object": _const("list"), "data": _list(_ref("ApiKey"))}),
+    "NewApiKey": {
+        "allOf": [_ref("ApiKey"), _object({"key": {"type": "string", "description": "The secret, this once."}})]
+    },
+    "UsageList": _object(
+        {
+            "object": _const("list"),
+            "from": _STRING,
+            "to": _STRING,
+            "group_by": _list(_STRING),
+            "data": _list({"type": "object"}),
+            "has_more": {"type": "boolean"},
+            "next_offset": _nullable("integer"),
+        }
+    ),
+    "EndpointTimes": _object(
+        {
+            "summary": _object({"status": _STATE, "endpoints": _INTEGER, "requests": _INTEGER, "errors": _INTEGER}),
+            "endpoints": _list(
+                _object({"endpoint": _STRING, "status": _STATE, "count": _INTEGER, "status_codes": {"type": "object"}})
+            ),
+        }
+    ),
+    "McpReview": _object(
+        {
+            "server": _STRING,
+            "status": _STRING,
+            "detail": _nullable("string"),
+            "waiting": _list(
+                _object(
+                    {
+                        "tool": _STRING,
+                        "reason": _STRING,
+                        "accepted": _nullable("string"),
+                        "listed": _nullable("string"),
+                        "digest": {"type": "string", "description": "SHA-256 of what is listed."},
+                    }
+                )
+            ),
+        }
+    ),
+    "McpApproval": _object({"server": _STRING, "approved": _list(_STRING)}),
     "Health": _object({"status": _STRING, "service": _STRING}),
     "Readiness": _object({"status": _STRING, "service": _STRING, "components": {"type": "object"}}),
     "Overview": _object({"status": _STRING, "service": _STRING, "version": _STRING, "links": {"type": "object"}}),
@@ -161,17 +292,22 @@ ANSWERS: dict[str, dict[str, Any]] = {
         "200": _answer(
             "The answer; with `stream: true`, events whose data is a ChatCompletionChunk, then `[DONE]`.",
             json=_ref("ChatCompletion"),
-            events=_ref("ChatCompletionChunk"),
+            events=_event(_ref("ChatCompletionChunk")),
         )
     },
     "completions.create": {
         "200": _answer(
-            "OpenAI's completion; with `stream: true`, events of it.", json={"type": "object"}, events=_STRING
+            "OpenAI's completion; with `stream: true`, events of it.",
+            json={"type": "object"},
+            events=_event({"type": "object"}),
         )
     },
     "embeddings.create": {"200": _answer("OpenAI's list of embeddings.", json={"type": "object"})},
     "models.list": {"200": _answer("The models the key reaches.", json=_ref("ModelList"))},
     "models.get": {"200": _answer("The model.", json=_ref("Model"))},
+    "tools.list": {"200": _answer("The tools the key reaches; an admin sees all.", json=_ref("ToolList"))},
+    "tools.refresh": {"200": _answer("All tools.", json=_ref("ToolList"))},
+    "tools.invoke": {"200": _answer("What the tool gave.", json=_ref("ToolAnswer"))},
     "service.overview": {"200": _answer("The service.", json=_ref("Overview"))},
     "service.health": {"200": _answer("The process serves.", json=_ref("Health"))},
     "service.ready": {
@@ -180,7 +316,24 @@ ANSWERS: dict[str, dict[str, Any]] = {
     },
     "service.docs": {"200": _answer("A page.", html=_STRING)},
     "service.openapi": {"200": _answer("This document.", json={"type": "object"})},
-    "metrics.read": {"200": _answer("The totals.", json=_ref("MetricsSnapshot"), text=_STRING)},
-    "metrics.scrape": {"200": _answer("The exposition.", text=_STRING)},
+    "metrics.read": {"200": _answer("The totals.", json=_ref("MetricsSnapshot"), text=_STRING, openmetrics=_STRING)},
+    "metrics.scrape": {"200": _answer("The exposition.", text=_STRING, openmetrics=_STRING)},
+    "service.endpoints": {"200": _answer("Each route's times.", json=_ref("EndpointTimes"))},
+    "security.keys.list": {"200": _answer("Every key.", json=_ref("ApiKeyList"))},
+    "security.keys.create": {"201": _answer("The key and its secret.", json=_ref("NewApiKey"))},
+    "security.keys.rotate": {"200": _answer("The key and its new secret.", json=_ref("NewApiKey"))},
+    "security.keys.revoke": {"200": _answer("The key, revoked.", json=_ref("ApiKey"))},
+    "usage.read": {"200": _answer("Sums, one per group.", json=_ref("UsageList"))},
+    "tools.mcp.review": {"200": _answer("What waits.", json=_ref("McpReview"))},
+    "tools.mcp.approve": {"200": _answer("What was accepted.", json=_ref("McpApproval"))},
+    "mcp.message": {
+        "200": _answer(
+            "A message of JSON-RPC.", json={"type": "object"}, events=_event({"type": "object"}, ends=False)
+        ),
+        "202": {"description": "A notification was taken."},
+        "400": _answer("No message, as JSON-RPC says it; or nothing that is read as one.", json=_MCP_REFUSAL),
+    },
+    "mcp.stream": {"405": {"description": "Always."}},
+    "mcp.end": {"405": {"description": "Always."}},
 }
 """Answers by action; those of FastAPI's own routes come from their models."""

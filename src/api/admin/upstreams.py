@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field
 from starlette.requests import Request
+from starlette.responses import Response
 
-from gateway.errors import ConfigError, InvalidRequest
+from api import states
+from api.admin.moments import iso
+from api.admin.refreshing import refresh
 from gateway.upstreams.client import Upstream
+from gateway.upstreams.status import UpstreamStatus
 
 if TYPE_CHECKING:  # the composition root imports the route table
     from api.bootstrap import Gateway
+
+
+class WorkerRecord(BaseModel):
+    """What one worker knows of an upstream's health."""
+
+    slot: int
+    pid: int
+    healthy: bool | None
+    last_checked: str | None
+    last_error: str | None
+    error: str | None = Field(description="Why the worker told nothing.")
 
 
 class UpstreamRecord(BaseModel):
@@ -28,30 +43,31 @@ class UpstreamRecord(BaseModel):
     health_timeout: float = Field(description="Seconds.")
     last_checked: str | None = Field(description="UTC, ISO 8601.")
     last_error: str | None
+    workers: list[WorkerRecord] = Field(
+        description="What each worker saw itself; empty where there is one. The fields above are the last word of any."
+    )
 
 
 async def list_upstreams(request: Request) -> list[UpstreamRecord]:
     """List every upstream in order of priority."""
-    return _records(cast("Gateway", request.state.gateway))
+    return await _records(cast("Gateway", request.state.gateway))
 
 
-async def refresh_upstreams(request: Request) -> list[UpstreamRecord]:
-    """Read `upstreams.yaml` again, probe every upstream, fetch their model lists, and list them."""
+async def refresh_upstreams(request: Request, response: Response) -> list[UpstreamRecord]:
+    """Read `upstreams.yaml` again in every worker, probe every upstream, fetch their model lists, and list them."""
     gateway = cast("Gateway", request.state.gateway)
-    try:
-        await gateway.refresh_upstreams()
-    except ConfigError as error:
-        raise InvalidRequest(f"Nothing was changed. {error.message}", code="configuration_error") from error
-    return _records(gateway)
+    await refresh(gateway, "upstreams", response)
+    return await _records(gateway)
 
 
-def _records(gateway: Gateway) -> list[UpstreamRecord]:
-    return [_record(upstream) for upstream in gateway.holder.current.upstreams.upstreams.values()]
+async def _records(gateway: Gateway) -> list[UpstreamRecord]:
+    upstreams = gateway.holder.current.upstreams.upstreams
+    known = await states.upstream_health(gateway)
+    return [_record(upstream, *known.get(name, (upstream.status, ()))) for name, upstream in upstreams.items()]
 
 
-def _record(upstream: Upstream) -> UpstreamRecord:
-    config, status = upstream.config, upstream.status
-    moment = status.last_checked
+def _record(upstream: Upstream, status: UpstreamStatus, workers: Iterable[states.UpstreamHere]) -> UpstreamRecord:
+    config = upstream.config
     return UpstreamRecord(
         name=upstream.name,
         provider=config.provider,
@@ -60,8 +76,21 @@ def _record(upstream: Upstream) -> UpstreamRecord:
         healthy=status.healthy,
         health_path=config.health_path,
         health_timeout=config.health_timeout_s,
-        last_checked=datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        if moment is not None
-        else None,
+        last_checked=_moment(status.last_checked),
         last_error=status.last_error,
+        workers=[
+            WorkerRecord(
+                slot=here.slot,
+                pid=here.pid,
+                healthy=here.healthy,
+                last_checked=_moment(here.last_checked),
+                last_error=here.last_error,
+                error=here.error,
+            )
+            for here in workers
+        ],
     )
+
+
+def _moment(moment: float | None) -> str | None:
+    return iso(moment) if moment is not None else None

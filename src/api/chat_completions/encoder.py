@@ -11,7 +11,7 @@ from typing import Any, assert_never
 import msgspec
 
 from api.errors import error_object, routed_headers
-from api.routing import Headers
+from api.routing import Headers, Response
 from gateway.errors import GatewayError
 from gateway.events import (
     AgentSwitched,
@@ -30,7 +30,7 @@ from gateway.events import (
     ToolStarted,
     Usage,
 )
-from gateway.run import Run
+from gateway.run import RelayedAnswer, Run
 from gateway.usage.prices import usd
 
 DONE = b"data: [DONE]\n\n"
@@ -133,6 +133,19 @@ class ChunkEncoder:
         return parts + DONE
 
 
+def limit_headers(run: Run) -> Headers:
+    """Return the headers that say how far the caller is from its limits."""
+    return () if run.reservation is None else run.reservation.headers
+
+
+def answer_response(answer: RelayedAnswer, headers: Headers = ()) -> Response:
+    """Return the response of a whole relayed answer; ``headers`` are further ones."""
+    headers += answer.head.headers + spending_headers(answer.body.usage)
+    if answer.routed is not None:
+        headers += routed_headers(answer.routed.upstream, answer.routed.attempts, answer.routed.hedged)
+    return Response(answer.body.data, headers=headers)
+
+
 class CompletionBuilder:
     """Collects one unstreamed answer."""
 
@@ -165,7 +178,7 @@ class CompletionBuilder:
             case RelayedHead(headers):
                 self.headers += headers
             case Routed():
-                self.headers += routed_headers(event.upstream, event.attempts)
+                self.headers += routed_headers(event.upstream, event.attempts, event.hedged)
             case ToolStarted() | ToolFinished() | AgentSwitched():
                 pass
             case RelayedChunk() | RelayEnded():

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import logging
 
-from api.chat_completions.encoder import ChunkEncoder, CompletionBuilder, encode_error
+from api.chat_completions.encoder import (
+    DONE,
+    ChunkEncoder,
+    CompletionBuilder,
+    answer_response,
+    encode_error,
+    limit_headers,
+)
 from api.dependencies import read_body, session_id
 from api.errors import public, routed_headers
 from api.routing import Request, Response
@@ -14,7 +21,8 @@ from gateway.chat import CHAT_PATH, ChatRequest, RelayRequest, decode_body
 from gateway.errors import GatewayError, ModelNotFound
 from gateway.events import RelayedHead, Routed, RunEvent
 from gateway.observability.logs import log_event
-from gateway.run import Executor, Run
+from gateway.reserving import reserve
+from gateway.run import DirectExecutor, Executor, Run
 
 _log = logging.getLogger("api.chat_completions")
 
@@ -40,16 +48,23 @@ async def serve_model_call(request: Request, path: str) -> Response | None:
         session_id=session_id(request.headers),
         path=path,
         upstream=request.headers.get("x-gateway-upstream"),
+        cache_control=request.headers.get("cache-control"),
+        end_user=request.headers.get(settings.end_user_header) if settings.end_user_header else None,
+        run_id=request.ids.uuid(),
     )
     run, executor = await _admit_when_loaded(request, call)
+    if run.principal.allowance is not None:
+        run = await reserve(run, len(body), request.gateway.limiter, request.gateway.holder.current, settings)
     try:
-        async with Connection(request.receive) as connection:
+        async with Connection(request.receive, request.client.exchange) as connection:
             if run.streamed:
                 await _stream(request, run, executor, connection)
                 return None
+            if isinstance(executor, DirectExecutor):
+                return answer_response(await request.gateway.engine.answer(run, executor), limit_headers(run))
             builder = CompletionBuilder(run)
             await request.gateway.engine.execute(run, executor, builder.add)
-            return Response(builder.body(), headers=builder.headers)
+            return Response(builder.body(), headers=builder.headers + limit_headers(run))
     except ClientGone:
         log_event(_log, "http.client.gone", run_id=run.id.hex, model=run.model)
         return None
@@ -69,21 +84,26 @@ async def _admit_when_loaded(request: Request, call: Call) -> tuple[Run, Executo
 
 async def _stream(request: Request, run: Run, executor: Executor, connection: Connection) -> None:
     encoder = ChunkEncoder(run, include_usage=_wants_usage(run.request))
-    stream = EventStream(request.send, connection, request.gateway.settings.ping_s)
+    stream = EventStream(request.client, connection, request.gateway.settings.ping_s)
+    stream.headers = limit_headers(run)
 
     async def emit(event: RunEvent) -> None:
         if not stream.started:
             if isinstance(event, RelayedHead):
                 stream.headers += event.headers
             elif isinstance(event, Routed):
-                stream.headers += routed_headers(event.upstream, event.attempts)
+                stream.headers += routed_headers(event.upstream, event.attempts, event.hedged)
         data = encoder.encode(event)
         if data:
             await stream.write(data)
 
     try:
-        await request.gateway.engine.execute(run, executor, emit)
-        await stream.write(b"", more=False)
+        if isinstance(executor, DirectExecutor) and request.client.exchange is not None:
+            await request.gateway.engine.pipe(run, executor, stream)
+            await stream.write(DONE, more=False)
+        else:
+            await request.gateway.engine.execute(run, executor, emit)
+            await stream.write(b"", more=False)
     except Exception as error:
         if not stream.started:
             raise

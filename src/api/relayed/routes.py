@@ -12,18 +12,19 @@ from typing import Any, Literal
 
 import msgspec
 
-from api.chat_completions.encoder import encode_error
+from api.chat_completions.encoder import encode_error, limit_headers
 from api.chat_completions.routes import serve_model_call
 from api.dependencies import read_body
 from api.errors import public
 from api.relayed.multipart import FormRewriter, find_boundary
 from api.relayed.upload import Upload
-from api.routing import Handler, Request, Response
+from api.routing import Handler, Headers, Request, Response
 from api.sse import STALL_S, ClientGone, Connection
 from gateway.chat import COMPLETIONS_PATH, EMBEDDINGS_PATH, decode_body, decode_model
 from gateway.errors import GatewayError, InvalidRequest
 from gateway.events import RelayedChunk, RelayedHead, RelayEnded, RunEvent
 from gateway.observability.logs import log_event
+from gateway.reserving import reserve
 from gateway.runs.byte_relay import ByteRelayExecutor, Destination, byte_run, choose_destination
 from gateway.upstreams.relaying import ByteRequest
 
@@ -59,14 +60,17 @@ def relayed(path: str, *, model: NamesModel) -> Handler:
                 run = byte_run(
                     destination, path, principal=request.caller, request_id=request.request_id, settings=settings
                 )
-                answer = _Answer(request)
-                executor = ByteRelayExecutor(destination.upstream, outgoing)
+                if run.principal.allowance is not None:
+                    run = await reserve(run, 0, request.gateway.limiter, request.gateway.holder.current, settings)
+                answer = _Answer(request, limit_headers(run))
+                executor = ByteRelayExecutor(destination, outgoing, request.gateway.holder.current.meter)
                 try:
                     await request.gateway.engine.execute(run, executor, answer.take)
                 except GatewayError as error:
                     if not answer.is_event_stream:
                         raise
-                    await answer.send(encode_error(public(error)), more=False)
+                    # An event that was cut is ended first, else the error would be its last words.
+                    await answer.send(b"\n\n" + encode_error(public(error)), more=False)
         except ClientGone:
             log_event(_log, "http.client.gone", model=path)
         return None
@@ -192,8 +196,9 @@ def _target(request: Request, path: str, *, with_query: bool) -> str:
 class _Answer:
     """Sends what the upstream answers: its status, its type, its bytes, each as soon as it is there."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, headers: Headers) -> None:
         self._request = request
+        self._headers = headers
         self._head = RelayedHead()
         self._started = False
 
@@ -219,8 +224,8 @@ class _Answer:
                     self._started = True
                     headers = [
                         (b"content-type", self._head.content_type or b"application/octet-stream"),
-                        (b"x-content-type-options", b"nosniff"),
                         *self._head.headers,
+                        *self._headers,
                     ]
                     start = {"type": "http.response.start", "status": self._head.status, "headers": headers}
                     await self._request.send(start)

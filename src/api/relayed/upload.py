@@ -10,6 +10,9 @@ from api.routing import Request
 from api.sse import Connection
 from gateway.errors import BodyTooLarge, RequestTimedOut
 
+_LEAST_BYTES_PER_S = 1_000
+"""On the whole, after the first `body_timeout_s`: each piece alone could be a byte for ever."""
+
 
 class Upload:
     """Reads the body for whoever sends it on; `receive` is for the `Connection` that watches the client afterwards.
@@ -43,6 +46,8 @@ class Upload:
         """Yield the body as it comes. Raises `BodyTooLarge` or `RequestTimedOut`; a client that left ends it all."""
         settings = self._request.gateway.settings
         limit, seconds, size = settings.upload_limit_bytes, settings.body_timeout_s, 0
+        clock = asyncio.get_running_loop().time
+        started = clock()
         try:
             if (self.declared or 0) > limit:
                 raise _too_large(limit)
@@ -58,6 +63,8 @@ class Upload:
                 size += len(piece)
                 if size > limit:
                     raise _too_large(limit)
+                if clock() - started > seconds + size / _LEAST_BYTES_PER_S:
+                    raise RequestTimedOut(f"The upload came at less than {_LEAST_BYTES_PER_S:,} bytes a second.")
                 self.complete = not message.get("more_body")
                 yield piece
         finally:
