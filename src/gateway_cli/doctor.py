@@ -19,6 +19,7 @@ from gateway.upstreams.config import load_upstreams
 from gateway_cli.errors import CliError
 from gateway_cli.settings import read_settings
 from gateway_cli.state import find_running
+from gateway_cli.tools import check_tools
 
 _ROOMS = ("api", "gateway", "gateway_cli", "sdk_adapter")
 
@@ -46,6 +47,7 @@ def _checks(path: Path | None) -> Iterator[tuple[str, Callable[[], str]]]:
         return  # the line above says why
     yield "agents folder", lambda: _agents_folder(settings)
     yield "upstreams", lambda: _upstreams(settings)
+    yield "tools", lambda: check_tools(settings)
     yield "keys", lambda: _keys(settings)
     yield "port", lambda: _port(settings)
 

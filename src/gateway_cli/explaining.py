@@ -43,6 +43,7 @@ class Explained:
     candidates: tuple[dict[str, Any], ...]
     fallbacks: dict[str, tuple[str, ...]]
     retry: dict[str, Any]
+    hedge: dict[str, float | None] | None
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -76,6 +77,8 @@ def render(explained: Explained) -> str:
     lines += [f"  fallbacks ({kind}): {', '.join(ids)}" for kind, ids in explained.fallbacks.items()]
     tries = ", ".join(f"{kind} {rule['attempts']}" for kind, rule in explained.retry.items())
     lines.append(f"  tries at one target: {tries}")
+    if explained.hedge is not None:
+        lines.append(f"  a second target is asked {_hedge_words(explained.hedge)}")
     return "\n".join(lines)
 
 
@@ -149,4 +152,13 @@ def _explained(
             for key in route.retry.__struct_fields__
             for rule in (getattr(route.retry, key),)
         },
+        hedge=None if route.hedge is None else {"after_s": route.hedge.after_s, "percentile": route.hedge.percentile},
     )
+
+
+def _hedge_words(hedge: dict[str, float | None]) -> str:
+    after_s, percentile = hedge["after_s"], hedge["percentile"]
+    usual = "" if percentile is None else f"percentile {percentile:g} of the latest first-byte times"
+    if after_s is None:
+        return f"after {usual}"
+    return f"after {after_s:g} s" + (f", or {usual} where that is longer" if usual else "")

@@ -56,7 +56,9 @@ class _Answer:
 
 def inspect_folder(settings: Settings) -> tuple[Inspected, ...]:
     """Import every agent and return what the gateway would list; raise `CliError` when it would not even start."""
-    quiet = replace(settings, agent_auto_reload=False, upstream_auto_reload=False, log_level="error")
+    quiet = replace(
+        settings, agent_auto_reload=False, upstream_auto_reload=False, tool_auto_reload=False, log_level="error"
+    )
     with tempfile.TemporaryDirectory(prefix="gateway-") as folder:
         target = Path(folder) / "answer.json"
         order = _Order({name: getattr(quiet, name) for name in Settings.__dataclass_fields__}, target)

@@ -21,9 +21,8 @@ class Running:
 
 
 def state_file(settings: Settings) -> Path:
-    """Return ``gateway.json`` in the state folder (`GATEWAY_STATE_DIR`; `.gateway/` beside the agents folder)."""
-    folder = settings.state_dir or settings.agents_root().resolve().parent / ".gateway"
-    return folder / "gateway.json"
+    """Return ``gateway.json`` in the state folder (`GATEWAY_STATE_DIR`)."""
+    return settings.state_folder() / "gateway.json"
 
 
 @contextmanager
