@@ -16,19 +16,29 @@ RUN pip wheel --no-deps --wheel-dir /tmp/wheel . && /opt/gateway/bin/pip install
     && /opt/gateway/bin/python -m compileall -q /opt/gateway/lib
 
 FROM python:${PYTHON}-slim
+ARG VERSION=0.0.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="Agent Gateway" \
+    org.opencontainers.image.licenses="Apache-2.0" \
+    org.opencontainers.image.version=${VERSION} \
+    org.opencontainers.image.revision=${REVISION}
 RUN useradd --system --uid 10001 --home-dir /srv --shell /usr/sbin/nologin gateway \
     && install -d -o gateway -g gateway /srv /srv/agents /srv/config /var/lib/gateway
 COPY --from=build /opt/gateway /opt/gateway
+# Everything is a setting (docs/references/settings.md): GATEWAY_WORKERS for more processes, GATEWAY_TRUSTED_PROXIES for
+# a proxy in front, GATEWAY_SHUTDOWN_DRAIN_S for the time that live runs have at the end.
 ENV PATH=/opt/gateway/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     GATEWAY_ENV=production \
+    GATEWAY_HOST=0.0.0.0 \
+    GATEWAY_PORT=8000 \
     GATEWAY_AGENT_DISCOVERY_PATH=/srv/agents \
     GATEWAY_STATE_DIR=/var/lib/gateway
 WORKDIR /srv
 USER gateway
+VOLUME ["/var/lib/gateway"]
 EXPOSE 8000
-HEALTHCHECK --interval=30s --timeout=3s --start-period=20s --retries=3 \
-    CMD ["python", "-c", "import http.client as h; c = h.HTTPConnection('127.0.0.1', 8000, timeout=2); c.request('GET', '/health'); raise SystemExit(c.getresponse().status != 200)"]
-# The proxy in front, if any, is not trusted to say who called: no forwarded header is believed.
-CMD ["uvicorn", "api.main:app", "--host", "0.0.0.0", "--port", "8000", "--loop", "uvloop", "--http", "httptools", \
-     "--no-access-log", "--no-proxy-headers", "--no-server-header", "--timeout-graceful-shutdown", "30"]
+# The platform's grace period must be at least GATEWAY_SHUTDOWN_DRAIN_S and five seconds.
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=30s --timeout=6s --start-period=20s --retries=3 CMD ["gateway", "health"]
+CMD ["gateway", "serve"]

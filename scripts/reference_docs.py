@@ -69,10 +69,9 @@ def metrics_table() -> Iterator[str]:
     yield "| metric | kind | labels | meaning |"
     yield "|---|---|---|---|"
     for family in Metrics().families:
-        (metric,) = family.collect()
-        name = f"{metric.name}_total" if metric.type == "counter" else metric.name
+        name = f"{family.name}_total" if family.kind == "counter" else family.name
         labels = ", ".join(f"`{label}`" for label in family.labels) or "–"
-        yield f"| `{name}` | {metric.type} | {labels} | {metric.documentation} |"
+        yield f"| `{name}` | {family.kind} | {labels} | {family.documentation} |"
 
 
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
