@@ -20,12 +20,14 @@ import msgspec
 import pytest
 
 from api.route_table import TABLE
+from gateway.caching.config import CacheConfig
 from gateway.config import Settings
 from gateway.errors import GatewayError
 from gateway.registry.declarations import AgentsConfig
 from gateway.registry.entry import AgentOptions
 from gateway.routing.config import RoutingConfig
 from gateway.security.config import SecurityConfig
+from gateway.tools.config import ToolsConfig
 from gateway.upstreams.config import UpstreamsConfig
 from gateway.usage.prices import PricesConfig
 from gateway_cli.errors import CliError
@@ -63,14 +65,17 @@ def trees() -> tuple[tuple[Path, ast.Module], ...]:
 
 
 def log_events() -> set[str]:
-    """The event name of every ``log_event(logger, "event.name", …)``.
+    """The event name of every ``log_event`` or ``EventShape`` of ``(logger, "event.name", …)``.
 
     Where the name is a parameter, every argument in the module that is shaped like one counts.
     """
     found = set()
     for path, tree in trees():
         for node in ast.walk(tree):
-            if not (isinstance(node, ast.Call) and _name(node.func) == "log_event") or path.name == "logs.py":
+            if (
+                not (isinstance(node, ast.Call) and _name(node.func) in ("log_event", "EventShape"))
+                or path.name == "logs.py"
+            ):
                 continue
             names = events_in(_literals(node.args[1], tree))
             if isinstance(node.args[1], ast.Name):
@@ -205,9 +210,11 @@ def test_diagnostic_codes_and_their_page_agree() -> None:
     ("name", "kind"),
     [
         ("agents-yaml.md", AgentsConfig),
+        ("cache-yaml.md", CacheConfig),
         ("prices-yaml.md", PricesConfig),
         ("routing-yaml.md", RoutingConfig),
         ("security-yaml.md", SecurityConfig),
+        ("tools-yaml.md", ToolsConfig),
         ("upstreams-yaml.md", UpstreamsConfig),
     ],
 )
@@ -303,6 +310,27 @@ def test_every_page_is_reached_from_the_index() -> None:
     linked = {(ROOT / "docs" / found.group(1).partition("#")[0]).resolve() for found in LINK.finditer(index)}
     pages = {path for path in (ROOT / "docs").rglob("*.md") if path.name != "README.md"}
     assert pages <= linked
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("docs/README.md", ("Guides", "References", "Systems", "Decisions")),
+        ("docs/references/README.md", ("settings", "endpoints", "errors", "metrics")),
+        ("docs/guides/DropInAgentGuide.md", ("Where files go", "What is published", "Options", "validate")),
+        ("docs/plans/DropInAgents_TestPlan.md", ("criterion", "Handoffs", "guardrails")),
+        ("docs/guides/OperatorRunbook.md", ("## Configuration matrix", "## Incident response", "## Alerts")),
+        ("docs/guides/Troubleshooting.md", ("ModuleNotFoundError", "upstream_unreachable", "## Streaming stops")),
+        ("docs/systems/tooling.md", ("tools.yaml", "local_tools_allowlist")),
+        ("docs/systems/security.md", ("hide_foreign_models", "gateway audit")),
+        ("docs/systems/observability.md", ("## Logs", "## Metrics", "## Dashboard and alerts")),
+        ("docs/systems/resiliency.md", ("## Workers", "## Shutdown")),
+        ("RELEASE.md", ("## Checking a release", "cosign verify")),
+    ],
+)
+def test_the_pages_that_were_promised_are_there(name: str, content: tuple[str, ...]) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert [word for word in content if word not in text] == []
 
 
 def test_python_examples_compile() -> None:

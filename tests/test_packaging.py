@@ -5,20 +5,32 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import tomllib
 import venv
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from cyclonedx.schema import OutputFormat, SchemaVersion
+from cyclonedx.validation import make_schemabased_validator
+from packaging.requirements import Requirement
 
 from gateway import __version__
+from scripts.sbom import add_hashes, hashes_of, of_environment
 from tests.support.http import HttpClient
 from tests.support.server import free_port, stop
 from tests.support.waiting import wait_for
+from tests.test_repository import image_commands
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {"api", "gateway", "gateway_cli", "sdk_adapter"}
@@ -125,6 +137,132 @@ def test_the_installed_command_serves_a_folder_from_anywhere(installed: Path, tm
     assert not (tmp_path / ".gateway" / "gateway.json").exists()
 
 
+class Stranger:
+    """A user without rights, who runs the installed command in an empty folder, as the image does.
+
+    Root becomes one, where that one may read this Python; anybody else is one.
+    """
+
+    def __init__(self, home: Path, interpreter: Path) -> None:
+        self.home, self.interpreter = home, interpreter
+        self.options: dict[str, Any] = {}
+        if hasattr(os, "geteuid") and os.geteuid() == 0:
+            nobody = {"user": 65534, "group": 65534, "extra_groups": []}
+            with suppress(PermissionError):
+                subprocess.run([str(interpreter), "-c", "import encodings"], check=True, **nobody)
+                shutil.chown(home, 65534, 65534)
+                self.options = nobody
+
+    def environment(self, **env: str) -> dict[str, str]:
+        """The image's own, with this machine's folders and port."""
+        docker = (ROOT / "Dockerfile").read_text(encoding="utf-8").rpartition("FROM ")[2]
+        image = dict(re.findall(r"\b(GATEWAY_[A-Z_]+|PYTHONUNBUFFERED)=([^\s\\]+)", docker))
+        folders = {"GATEWAY_AGENT_DISCOVERY_PATH": "agents", "GATEWAY_STATE_DIR": "state"}
+        assert folders.keys() <= image.keys()
+        here = {name: str(self.home / folder) for name, folder in folders.items()}
+        return {"PATH": os.environ["PATH"], **image, **here, "GATEWAY_HOST": "127.0.0.1", **env}
+
+    def run(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+        command = [str(self.interpreter), "-m", "gateway_cli", *words]
+        return subprocess.run(
+            command,
+            cwd=self.home,
+            env=self.environment(**env),
+            capture_output=True,
+            text=True,
+            check=False,
+            **self.options,
+        )
+
+    @contextmanager
+    def serving(self, words: list[str], **env: str) -> Iterator[tuple[HttpClient, subprocess.Popen[bytes]]]:
+        port = free_port()
+        env |= {"GATEWAY_PORT": str(port)}
+        with (self.home.parent / f"{port}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [str(self.interpreter), "-m", "gateway_cli", *words],
+                cwd=self.home,
+                env=self.environment(**env),
+                stdout=log,
+                stderr=log,
+                **self.options,
+            )
+
+        def is_well() -> bool:
+            assert process.poll() is None, (self.home.parent / f"{port}.log").read_text(encoding="utf-8")
+            with suppress(OSError):
+                return client.get("/readyz").status == 200
+            return False
+
+        client = HttpClient(port, key=env["GATEWAY_API_KEY"])
+        try:
+            wait_for(is_well, timeout_s=60, what="the image's command serves")
+            assert self.run(*image_commands()["HEALTHCHECK"][1:], **env).returncode == 0
+            yield client, process
+        finally:
+            stop(process)
+        assert self.run("health", **env).returncode == 1
+
+
+@pytest.fixture
+def stranger(installed: Path) -> Iterator[Stranger]:
+    """With the environment where everybody may read it, as pytest's own folders are not."""
+    with tempfile.TemporaryDirectory(prefix="image-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        shutil.copytree(installed, folder / "opt", symlinks=True)
+        (folder / "srv").mkdir()
+        found = Stranger(folder / "srv", python(folder / "opt"))
+        assert found.run("version").returncode == 0
+        yield found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="the image is a Linux one")
+def test_the_images_command_serves_the_stack_of_compose_without_rights(stranger: Stranger) -> None:
+    """The image's CMD and health check; the services `gateway` and `demo-upstream`, as Compose starts them."""
+    services = yaml.safe_load((ROOT / "docker-compose.yaml").read_text(encoding="utf-8"))["services"]
+    words = image_commands()["CMD"][1:]
+    with stranger.serving(words, **services["demo-upstream"]["environment"] | {"GATEWAY_STATE_DIR": "up"}) as (
+        model,
+        _,
+    ):
+        for folder in ("agents", "config"):
+            shutil.copytree(ROOT / "src" / folder, stranger.home / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        upstreams = (ROOT / "deploy/compose/upstreams.yaml").read_text(encoding="utf-8")
+        file = stranger.home / "upstreams.yaml"
+        file.write_text(upstreams.replace("demo-upstream:8000", f"127.0.0.1:{model.port}"), encoding="utf-8")
+        env = {
+            "GATEWAY_UPSTREAM_CONFIG": str(file),
+            "DEMO_UPSTREAM_KEY": services["gateway"]["environment"]["DEMO_UPSTREAM_KEY"],
+            "GATEWAY_API_KEY": "sk-admin",
+            "GATEWAY_METRICS_TOKEN": "sk-metrics",
+            "GATEWAY_WORKERS": "2",
+        }
+        with stranger.serving(words, **env) as (client, process):
+            assert client.get("/v1/models", key="dev-secret").status == 401
+            listed = {model["id"] for model in client.get("/v1/models").json()["data"]}
+            assert {"default/hello", "sandbox/demo/demo"} <= listed
+            question = {"messages": [{"role": "user", "content": "How do people greet in Paris?"}], "stream": True}
+            for name in ("default/hello", "sandbox/demo/demo"):
+                answer = client.post("/v1/chat/completions", {"model": name, **question})
+                assert answer.status == 200, answer.body
+                assert answer.body.count(b"data: ") > 3
+                assert answer.body.rstrip().endswith(b"data: [DONE]")
+            counted = re.compile(
+                rb"^agent_gateway_upstream_requests_total\{(?=.*sandbox)(?=.*200).* 3(\.0)?$", re.MULTILINE
+            )
+            wait_for(  # a worker tells of its counts a little later
+                lambda: counted.search(client.get("/metrics/prometheus", key="sk-metrics").body),
+                timeout_s=10,
+                what="the three model calls are counted: two of the agent, one of the client",
+            )
+            database = stranger.home / "state" / "gateway.db"
+            wait_for(database.exists, timeout_s=10, what="the ledger has written")
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(15) == 0
+
+
 def test_the_locks_pin_everything_with_hashes_and_name_no_index() -> None:
     for name in ("requirements.txt", "requirements-dev.txt"):
         text = (ROOT / name).read_text(encoding="utf-8")
@@ -152,17 +290,24 @@ def pins(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_the_sbom_is_valid_and_names_every_locked_package(tmp_path: Path) -> None:
-    target = tmp_path / "sbom.json"
-    make = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert "cyclonedx-py environment" in make
-    run(
-        *(sys.executable, "-m", "cyclonedx_py", "environment", "--pyproject", ROOT / "pyproject.toml"),
-        *("--of", "JSON", "--validate", "-o", target, sys.executable),
-    )
-    document = json.loads(target.read_text(encoding="utf-8"))
-    assert document["bomFormat"] == "CycloneDX"
+def test_the_sbom_is_valid_and_names_every_locked_package() -> None:
+    """Of the environment the tests run in; `make sbom` asks the same of one that holds the runtime alone."""
+    lock = (ROOT / "requirements-dev.txt").read_text(encoding="utf-8")
+    document = of_environment(Path(sys.executable))
+    strangers = add_hashes(document, hashes_of(lock))  # what somebody installed beside the lock
+    assert not {name.split()[0] for name in strangers} & pins(ROOT / "requirements-dev.txt").keys()
+    text = json.dumps(document)
+    assert make_schemabased_validator(OutputFormat.JSON, SchemaVersion.V1_6).validate_str(text) is None
     assert document["metadata"]["component"]["name"] == "agent-gateway"
-    listed = {component["name"].lower().replace("_", "-") for component in document["components"]}
-    here = {name for name in pins(ROOT / "requirements.txt") if name not in ("pywin32", "httpx2-jsfetch")}
-    assert here <= listed
+    listed = {re.sub(r"[-_.]+", "-", item["name"]).lower(): item for item in document["components"]}
+    here = {
+        Requirement(line).name.lower()
+        for line in re.findall(r"^([A-Za-z0-9][^\n\\]*==[^\n\\]*)", lock, re.MULTILINE)
+        if (marker := Requirement(line).marker) is None or marker.evaluate()
+    }
+    assert here <= set(listed)
+    for name in here:
+        references = listed[name]["externalReferences"]
+        hashes = [item["content"] for found in references for item in found.get("hashes", ())]
+        assert hashes, name
+        assert all(content in lock for content in hashes)

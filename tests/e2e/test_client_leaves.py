@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.by_hand import read_until, send_by_hand
 from tests.support.house import CHAT
 from tests.support.obedient_upstream import Call, ObedientUpstream
 from tests.support.server import Gateway
@@ -19,24 +20,7 @@ MODELS = ["default/weatheragent", "local/test-model"]
 
 
 def send(gateway: Gateway, body: dict[str, Any]) -> socket.socket:
-    """Send a request by hand and return the open socket."""
-    data = json.dumps(body).encode()
-    head = (
-        "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
-        f"authorization: Bearer {CHAT}\r\ncontent-length: {len(data)}\r\n\r\n"
-    )
-    sock = socket.create_connection(("127.0.0.1", gateway.port), 10)
-    sock.sendall(head.encode() + data)
-    return sock
-
-
-def read_until(sock: socket.socket, part: bytes) -> bytes:
-    seen = b""
-    while part not in seen:
-        data = sock.recv(65536)
-        assert data, seen
-        seen += data
-    return seen
+    return send_by_hand(gateway, body, key=CHAT)
 
 
 def assert_upstream_closed(call: Call, left: float) -> None:

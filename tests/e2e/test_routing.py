@@ -27,7 +27,12 @@ upstreams:
     models: [m, plain, storm]
     default_model: m
     timeouts: {{connect_s: 2}}
-  - {{name: second, base_url: {second}, models: [n, plain], default_model: n, priority: 2}}
+  - name: second
+    base_url: {second}
+    models: [n, plain]
+    default_model: n
+    priority: 2
+    max_tokens_field: max_completion_tokens
   - {{name: dead, base_url: "http://127.0.0.1:{dead}/v1", models: [m, plain], default_model: m, priority: 1}}
 """
 ROUTING = """\
@@ -114,6 +119,19 @@ def text_of(answer: Any) -> str:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
+def test_the_limit_of_tokens_goes_to_each_upstream_under_the_name_it_takes(house: House, streamed: bool) -> None:
+    house.first.script("m", fault("html"))
+    body = {"model": "both", "stream": streamed, "max_tokens": 5, "messages": [{"role": "user", "content": "Hello"}]}
+    assert house.gateway.post("/v1/chat/completions", body).status == 200
+    first, second = house.first.requests[0].json, house.second.requests[-1].json
+    assert (first["max_tokens"], "max_completion_tokens" in first) == (5, False)
+    assert (second["max_completion_tokens"], "max_tokens" in second) == (5, False)
+    # Elsewhere the field has no second name.
+    house.gateway.post("/v1/completions", {"model": "second/n", "prompt": "x", "max_tokens": 5})
+    assert house.second.requests[-1].json["max_tokens"] == 5
+
+
+@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize(
     "name", ["reset_at_once", "refuse_after_accept", "html", "error_object_at_once", "not_an_object"]
 )
@@ -197,10 +215,12 @@ def test_a_breaker_leaves_a_dead_upstream_alone_and_lets_it_come_back(house: Hou
     opened = [line for line in house.gateway.log_events("routing.breaker.opened") if line["upstream_model"] == "probed"]
     assert len(opened) == 1
     metrics = house.gateway.get("/metrics/prometheus").body.decode()
-    assert 'agent_gateway_routing_breaker_state{model="probed",upstream="first"} 2.0' in metrics
+    states = [line for line in metrics.splitlines() if "routing_breaker_state{" in line and '"probed"' in line]
+    assert len(states) == 1 and 'upstream="first"' in states[0] and float(states[0].rpartition(" ")[2]) == 2.0, states
     house.first.script("probed", Answer(text="back"))
     wait_for(lambda: text_of(house.ask("probe")) == "back", what="the probe goes through", timeout_s=10)
-    assert house.gateway.log_events("routing.breaker.closed")[-1]["upstream_model"] == "probed"
+    closed = wait_for(lambda: house.gateway.log_events("routing.breaker.closed"), what="it is logged")
+    assert closed[-1]["upstream_model"] == "probed"
 
 
 def test_retry_after_is_honoured_as_a_cool_down(house: House) -> None:

@@ -17,7 +17,7 @@ from tests.support.waiting import wait_for
 UPSTREAMS = """\
 version: 1
 upstreams:
-  - {{name: first, base_url: {first}, models: [m, plain, free, embed], default_model: m}}
+  - {{name: first, base_url: {first}, models: [m, plain, free, embed, 'wild-*'], default_model: m}}
   - {{name: second, base_url: {second}, models: [n], default_model: n, priority: 2}}
   - {{name: answers, base_url: {second}, api: responses, models: [r], default_model: r, priority: 3}}
 """
@@ -123,6 +123,15 @@ def test_a_raw_call_after_a_failover_is_priced_by_who_answered(house: House, str
     assert answer.headers.get("x-gateway-cost-usd") == (None if streamed else "0.00028")
     assert house.spent("both", "second") - before == pytest.approx(280 / 1e6)
     assert house.spent("both", "first") == 0
+
+
+def test_a_name_that_a_client_made_up_is_counted_under_the_pattern_that_let_it_through(house: House) -> None:
+    for model in ("first/wild-a", "first/wild-b", "first/m"):
+        house.ask(model)
+    text = house.gateway.get("/metrics/prometheus").body.decode()
+    assert 'agent_gateway_runs_total{model="first/wild-*",outcome="success"} 2.0' in text
+    assert 'agent_gateway_runs_total{model="first/m",outcome="success"}' in text
+    assert "wild-a" not in text
 
 
 @pytest.mark.parametrize("streamed", [False, True])

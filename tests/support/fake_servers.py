@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gateway.errors import GatewayError
 from gateway.upstreams.config import UpstreamConfig
 from gateway.upstreams.status import UpstreamStatus
+
+
+@dataclass(eq=False)
+class FakeStream:
+    """A streamed answer: ``first``, then what `read` finds in ``rest``."""
+
+    first: list[bytes]
+    rest: Sequence[GatewayError | list[bytes]]
+
+    async def __aenter__(self) -> FakeStream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        return None
+
+    async def read(self) -> list[bytes]:
+        step, *self.rest = self.rest
+        if isinstance(step, GatewayError):
+            raise step
+        return step
+
+    async def pipe(self, take: Callable[[list[bytes]], bool | None]) -> None:
+        while events := await self.read():
+            take(events)
+
+    def release(self) -> None:
+        return None
 
 
 @dataclass(eq=False)
@@ -38,12 +65,18 @@ class FakeServer:
         self._next(body)
         return self.name.encode()
 
-    async def stream(self, path: str, body: bytes, **options: Any) -> AsyncGenerator[bytes, None]:
+    async def start(self, path: str, body: bytes, **options: Any) -> FakeStream:
         self._next(body)
-        yield self.name.encode()
-        if self.fails_after_first is not None:
-            raise self.fails_after_first
-        yield b"end"
+        rest: list[GatewayError | list[bytes]] = [[b"end"], []]
+        return FakeStream([self.name.encode()], [self.fails_after_first] if self.fails_after_first else rest)
+
+    async def stream(self, path: str, body: bytes, **options: Any) -> AsyncGenerator[bytes, None]:
+        async with await self.start(path, body) as stream:
+            events = stream.first
+            while events:
+                for data in events:
+                    yield data
+                events = await stream.read()
 
     async def chat(self, body: bytes, **options: Any) -> bytes:
         return await self.post("/chat/completions", body)

@@ -85,6 +85,11 @@ class ScriptedUpstream:
         with self._changed:
             self._queue.extend(answers)
 
+    def clear(self) -> None:
+        """Forget the answers that were enqueued and not used."""
+        with self._changed:
+            self._queue.clear()
+
     def script(self, model: str, answer: Answer) -> None:
         """Answer every request for ``model`` with this."""
         with self._changed:

@@ -14,17 +14,23 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from api.admin import build_app
+from api.bootstrap import Gateway
+from api.client import Client
 from api.health import health, overview, ready
 from api.metrics import metrics, prometheus
 from api.route_table import TABLE
 from api.routing import Request, Response, Route, RouteTable
+from api.shared import share
 from gateway import __version__
 from gateway.config import Settings
 from gateway.errors import NotFound, ServiceUnavailable
 from gateway.observability.metrics import Metrics
 from gateway.observability.recent import ErrorRecord, RecentErrors
+from gateway.refreshing import Refresher
 from gateway.registry.entry import AgentEntry, AgentOptions, Diagnostic
 from gateway.registry.registry import Registry
+from gateway.security.throttle import FailureThrottle
+from gateway.workers.workers import Workers
 from tests.support.asgi import Answer, call
 
 BROKEN = Diagnostic(
@@ -87,15 +93,33 @@ def gateway(*, loaded: bool = True, settings: Settings | None = None) -> Any:
     event = asyncio.Event()
     if loaded:
         event.set()
-    return SimpleNamespace(
+    tried = asyncio.Event()
+    tried.set()
+    reloader, workers = Reloader(), Workers()
+    refresher = Refresher(
+        Settings(), workers, lambda: registry, parts={"agents": (reloader.refresh_agents, ("agents.yaml",))}, files={}
+    )
+    made = SimpleNamespace(
         settings=settings or Settings(),
         holder=SimpleNamespace(current=SimpleNamespace(registry=registry)),
         metrics=Metrics(),
-        engine=SimpleNamespace(recent_errors=RecentErrors()),
+        engine=SimpleNamespace(recent_errors=RecentErrors(), ends_at=None),
         catalogue=SimpleNamespace(recent_errors=lambda: (BROKEN,)),
-        reloader=Reloader(),
+        tools=SimpleNamespace(violations=()),
+        reloader=reloader,
+        workers=workers,
+        refresher=refresher,
+        store=SimpleNamespace(check=idle),
+        keys=SimpleNamespace(tried=tried),
+        throttle=FailureThrottle(100),
         loaded=event,
     )
+    share(cast("Gateway", made))
+    return made
+
+
+async def idle() -> str:
+    return "idle"
 
 
 def ask(gate: Any, method: str, path: str) -> Answer:
@@ -222,8 +246,7 @@ def test_a_refresh_that_fails_answers_in_openais_shape_and_is_counted() -> None:
             "code": "service_unavailable",
         }
     }
-    text, _ = asyncio.run(gate.metrics.render())
-    assert b'agent_gateway_errors_total{code="service_unavailable",domain="own"} 1.0' in text
+    assert b'agent_gateway_errors_total{code="service_unavailable",domain="own"} 1' in plain(prometheus, gate).body
 
 
 def test_what_fastapi_itself_refuses_has_the_same_shape() -> None:
@@ -257,7 +280,8 @@ def test_the_document_says_which_routes_need_no_key(document: dict[str, Any]) ->
         operation = document["paths"][route.path.replace(":path", "")][route.method.lower()]
         assert operation["x-required-scope"] == route.scope
         assert (operation.get("security") == []) == (route.scope == "public")
-        assert set(operation["responses"]) >= {"200", "default"}
+        assert "default" in operation["responses"]
+        assert set(operation["responses"]) & {"200", "201", "405"}
         assert "422" not in operation["responses"]
 
 
@@ -307,8 +331,17 @@ def test_the_explorer_needs_no_other_host_and_runs_only_its_own_script() -> None
 
 def plain(handler: Any, gate: Any, headers: dict[str, str] | None = None) -> Response:
     unused = cast("Any", None)
-    response: Response = asyncio.run(handler(Request({}, unused, unused, gate, "req", headers or {}, None)))
-    return response
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    client = Client({}, send, ())
+    response = asyncio.run(handler(Request({}, unused, client, gate, "req", headers or {}, None)))
+    if isinstance(response, Response):
+        return response
+    begun = dict(sent[0]["headers"])
+    return Response(b"".join(part["body"] for part in sent[1:]), sent[0]["status"], begun[b"content-type"])
 
 
 def test_health_and_overview_name_the_service() -> None:
@@ -323,7 +356,7 @@ def test_health_and_overview_name_the_service() -> None:
 def test_readiness_is_503_until_the_agents_are_loaded() -> None:
     early, late = plain(ready, gateway(loaded=False)), plain(ready, gateway())
     assert (early.status, late.status) == (503, 200)
-    assert msgspec.json.decode(early.body)["components"] == {"agents": "loading"}
+    assert msgspec.json.decode(early.body)["components"]["agents"] == "loading"
     assert msgspec.json.decode(late.body)["status"] == "ready"
 
 

@@ -140,3 +140,12 @@ def test_duplicate_keys_are_found_exactly(pairs: list[tuple[str, int]]) -> None:
     else:
         with pytest.raises(InvalidRequest):
             decode_body(body)
+
+
+def test_a_body_of_countless_fields_is_refused_at_once() -> None:
+    def body(count: int) -> bytes:
+        return b"{" + b",".join(b'"k%d":1' % number for number in range(count)) + b"}"
+
+    assert len(decode_body(body(1_000))) == 1_000
+    with pytest.raises(InvalidRequest, match="more than 1,000 top-level fields"):
+        decode_body(body(200_000))

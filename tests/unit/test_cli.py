@@ -21,6 +21,7 @@ import yaml
 from gateway.config import Settings, load_yaml
 from gateway.events import RunEvent
 from gateway.observability.metrics import Metrics
+from gateway.principal import Limits
 from gateway.registry.entry import AgentEntry, AgentOptions, Diagnostic
 from gateway.registry.registry import Registry
 from gateway.routing.table import Router
@@ -70,8 +71,8 @@ def test_help_answers_at_once_and_imports_neither_sdk_nor_web_framework() -> Non
         (["new", "My Agent"], "for example MyAgent"),
         (["new", "a/b/c"], "cannot name an agent's folder"),
         (["new", "../evil"], "cannot name an agent's folder"),
-        (["keys", "new", "two words"], "A key's id"),
-        (["keys", "new", "x", "--expires", "tomorrow"], "write YYYY-MM-DD"),
+        (["keys", "create", "--yaml", "two words"], "A key's id"),
+        (["keys", "create", "--yaml", "x", "--expires", "tomorrow"], "write YYYY-MM-DD"),
         (["list", "--url", "ftp://x"], "is not an address"),
     ],
 )
@@ -125,10 +126,22 @@ def test_new_overwrites_nothing_and_refuses_a_taken_model(home: Path, capsys: py
     assert (home / "src/agents/Weather/agent.py").read_text(encoding="utf-8") == before
 
 
-def test_keys_new_prints_a_stanza_that_security_yaml_accepts(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_keys_create_prints_a_stanza_that_security_yaml_accepts(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(
-            ["keys", "new", "alice", "--allow", "default/*", "--allow", "labs/a", "--admin", "--expires", "2031-05-01"]
+            [
+                *("keys", "create", "alice", "--yaml", "--allow", "default/*", "--allow", "labs/a", "--admin"),
+                *(
+                    "--expires",
+                    "2031-05-01",
+                    "--profile",
+                    "openwebui",
+                    "--description",
+                    'zoë: "x"',
+                    "--cost-per-day",
+                    "5",
+                ),
+            ]
         )
         == 0
     )
@@ -143,12 +156,15 @@ def test_keys_new_prints_a_stanza_that_security_yaml_accepts(home: Path, capsys:
     assert entry.allow_agents == ["default/*", "labs/a"]
     assert set(entry.scopes) == {"chat", "admin"}
     assert str(yaml.safe_load(stanza)[0]["expires_at"]) == "2031-05-01"
+    assert (entry.profile, entry.description, entry.allow_tools) == ("openwebui", 'zoë: "x"', None)
+    assert entry.limits == Limits(cost_per_day_usd=5)
+    assert not (home / ".gateway").exists() and not (home / "src/.gateway").exists(), "nothing is stored"
 
 
 def test_two_new_keys_differ(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keys = set()
     for _ in range(2):
-        assert main(["keys", "new", "x"]) == 0
+        assert main(["keys", "create", "x", "--yaml"]) == 0
         keys |= {word for word in capsys.readouterr().out.split() if word.startswith("sk-gw-")}
     assert len(keys) == 2
 

@@ -50,7 +50,9 @@ agents:
     model: large
     upstream: demo
     instructions: x
-    metadata: {max_tool_hops: 0, max_completion_tokens: 7, tool_choice: none, owned_by: me}
+    metadata: {max_tool_hops: 0, max_completion_tokens: 7, tool_choice: none, owned_by: me, max_turns: 3,
+               timeout_s: 9, max_depth: 0, max_model_calls: 4, max_tool_calls: 5, max_total_tokens: 6,
+               max_cost_usd: 0.5}
 """
     (first, second), defaults = load_declarations(Settings(agent_config=write(tmp_path, "agents.yaml", text)))
     assert (first.id, first.options.upstream, first.options.model, first.line) == (
@@ -61,6 +63,9 @@ agents:
     )
     assert (second.id, second.options.upstream, second.options.model) == ("labs/other", "demo", "large")
     assert (second.options.max_tool_hops, second.options.max_completion_tokens) == (0, 7)
+    own = second.options
+    assert (own.max_turns, own.timeout_s, own.max_depth, own.max_model_calls) == (3, 9, 0, 4)
+    assert (own.max_tool_calls, own.max_total_tokens, own.max_cost_usd) == (5, 6, 0.5)
     assert (second.tool_choice, second.owned_by) == ("none", "me")
     assert (defaults.namespace, defaults.upstream, defaults.model) == ("house", "local", "small")
 
@@ -71,7 +76,7 @@ agents:
         ("agents:\n  - {name: a}\n", "agents.yaml:2: agent 'a': instructions are missing"),
         ("agents:\n  - {name: a, kind: sdk}\n", "module is missing"),
         ("agents:\n  - {name: a, instructions: x, module: 'm:a'}\n", "kind: sdk"),
-        ("agents:\n  - {name: a, instructions: x, tools: [search]}\n", "no tool manager"),
+        ("agents:\n  - {name: a, instructions: x, tools: [a b]}\n", "'a b' is no name of a tool"),
         ("agents:\n  - {name: a, kind: sdk, module: 'no.such.module:agent'}\n", "'no.such.module' is not found"),
         ("agents:\n  - {name: a, kind: sdk, module: 'nocolon'}\n", "module"),
         ("agents:\n  - {name: a, instructions: x}\n  - {name: A, instructions: y}\n", "taken by the agent at line 2"),

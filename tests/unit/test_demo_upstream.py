@@ -11,7 +11,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from gateway.config import Settings
-from gateway.errors import UpstreamError, UpstreamRejected
+from gateway.errors import UpstreamRejected
 from gateway.upstreams.client import Upstream
 from gateway.upstreams.config import load_upstreams
 from gateway.upstreams.table import open_upstreams
@@ -278,7 +278,7 @@ def test_bad_request_is_refused(bad: bytes) -> None:
 
 def test_other_surfaces_are_refused_and_closing_is_easy() -> None:
     async def ask(upstream: Upstream) -> None:
-        with pytest.raises(UpstreamError, match="only serves chat"):
+        with pytest.raises(UpstreamRejected, match="answers chat completions only"):
             await upstream.post("/embeddings", b"{}")
         await upstream.probe()
         stream = upstream.chat_stream(json.dumps(body("Hi")).encode())

@@ -24,6 +24,7 @@ ROUTING = """\
 version: 1
 models:
   both: {strategy: weighted, targets: [{model: first/m, weight: 2}, {model: second/n}], fallbacks: [second/plain]}
+  quick: {targets: [{model: first/m}, {model: second/n}], hedge: {after_s: 0.5, percentile: 95}}
 """
 
 
@@ -58,6 +59,9 @@ def test_strategy_fallbacks_tries_and_timeouts_are_shown(settings: Settings) -> 
     assert "1. first/m  (weight 2; connect_s 5, first_byte_s 7," in text
     assert "fallbacks (any): second/plain" in text
     assert "tries at one target: connect 2, timeout 1" in text
+    assert "a second target is asked" not in text
+    hedged = render(explain("quick", settings, ()))
+    assert "a second target is asked after 0.5 s, or percentile 95 of the latest first-byte times" in hedged
 
 
 def test_a_name_that_nobody_serves_is_said_to_be_none(settings: Settings) -> None:

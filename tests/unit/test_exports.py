@@ -192,11 +192,14 @@ def test_an_unknown_option_is_a_warning_with_the_nearest_name(tmp_path: Path) ->
         ("{'max_turns': True}", "got 'bool'"),
         ("{'max_turns': 0}", "greater than 0"),
         ("{'max_tool_hops': -1}", "0 or more"),
+        ("{'max_depth': -1}", "0 or more"),
+        ("{'max_model_calls': 0}", "greater than 0"),
+        ("{'max_cost_usd': float('inf')}", "greater than 0"),
         ("{'timeout': -1.5}", "greater than 0"),
         ("{'namespace': 'My Labs'}", "write it as 'my-labs'"),
         ("{'client_tools': 'sometimes'}", "client_tools"),
         ("{'acl': ['a']}", "allow_agents"),
-        ("{'tools': ['search']}", "tool manager"),
+        ("{'tools': ['search']}", "gateway_tool('name')"),
     ],
 )
 def test_an_option_of_a_wrong_type_is_an_error(tmp_path: Path, text: str, words: str) -> None:

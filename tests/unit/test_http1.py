@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
-import ipaddress
 import itertools
 import json
-import ssl
 import time
 from collections.abc import Awaitable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from gateway import errors
+from gateway.upstreams import transport
 from gateway.upstreams.client import HttpUpstream
 from gateway.upstreams.config import Limits, Timeouts
+from tests.support.certificates import certificate
 from tests.support.scripted_answers import LAST, STREAM_HEAD, Answer, chunk, frame, sse, status
 from tests.support.scripted_faults import fault
 from tests.support.scripted_upstream import ScriptedUpstream
@@ -258,7 +253,23 @@ def test_connections_are_kept_and_reused(scripted: ScriptedUpstream) -> None:
     assert {request.connection for request in scripted.requests} == {1}
 
 
-def test_kept_connection_that_was_closed_is_replaced_once(scripted: ScriptedUpstream) -> None:
+def test_connection_that_was_just_used_and_is_closed_has_failed(scripted: ScriptedUpstream) -> None:
+    async def main() -> None:
+        async with connected(scripted.base_url) as upstream:
+            await upstream.chat(chat_request())
+            scripted.enqueue(Answer(steps=lambda streamed: ["close"]))
+            with pytest.raises(errors.UpstreamUnreachable):
+                await upstream.chat(chat_request())
+
+    asyncio.run(main())
+    assert len(scripted.requests) == 2
+
+
+def test_kept_connection_that_was_closed_is_replaced_once(
+    scripted: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "STALE_S", 0.0)
+
     async def main() -> None:
         async with connected(scripted.base_url) as upstream:
             await upstream.chat(chat_request())
@@ -451,7 +462,7 @@ def test_aclose_ends_open_streams_with_an_error(scripted: ScriptedUpstream) -> N
 
 
 def test_tls(tmp_path: Path) -> None:
-    ca_file, server = _certificate(tmp_path)
+    ca_file, server = certificate(tmp_path)
 
     async def main(base_url: str) -> None:
         async with connected(base_url, ca_file=str(ca_file)) as upstream:
@@ -491,29 +502,3 @@ def test_tls_to_a_server_without_it() -> None:
 async def _post_once(base_url: str, **options: Any) -> None:
     async with connected(base_url, **options) as upstream:
         await upstream.chat(chat_request())
-
-
-def _certificate(folder: Path) -> tuple[Path, ssl.SSLContext]:
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
-        .sign(key, hashes.SHA256())
-    )
-    ca_file, key_file = folder / "ca.pem", folder / "key.pem"
-    ca_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    key_file.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(ca_file, key_file)
-    return ca_file, context

@@ -11,8 +11,8 @@ import pytest
 
 from gateway.config import Settings
 from gateway.errors import ConfigError, Unauthenticated
-from gateway.principal import Principal
-from gateway.security.acl import allows
+from gateway.principal import Allowance, Limits, Principal
+from gateway.security.acl import AccessList
 from gateway.security.keys import DEV_KEY, Caller, Keyring
 
 KEY = "sk-gw-0123456789abcdef"
@@ -150,7 +150,7 @@ def test_the_environments_key_is_an_admin_beside_those_of_the_file(tmp_path: Pat
 def test_the_metrics_token_reads_metrics_and_reaches_no_model(tmp_path: Path) -> None:
     principal = keyring(tmp_path, one_key(), metrics_token="scrape-me").authenticate(bearer("scrape-me"))
     assert principal.scopes == {"metrics"}
-    assert not allows(principal, "default/weather")
+    assert not AccessList().allows(principal, "default/weather")
 
 
 LOCAL = {"peer": "127.0.0.1", "host": "localhost:8000"}
@@ -200,7 +200,7 @@ def test_a_keyless_caller_that_may_be_somebody_else_is_refused(tmp_path: Path, f
 def test_keyless_callers_are_announced_at_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     keyring(tmp_path)
     assert [r.__dict__["event"] for r in caplog.records] == ["security.keyless.enabled"]
-    assert "gateway keys new NAME" in caplog.text
+    assert "gateway keys create NAME --yaml" in caplog.text
 
 
 def test_one_configured_key_ends_keyless_calls_and_the_dev_key(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_the_shipped_file_still_asks_for_a_key(tmp_path: Path) -> None:
 def test_production_without_a_usable_key_does_not_start(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         keyring(tmp_path, text, env="production")
-    assert "'gateway keys new NAME' makes one" in caught.value.message
+    assert "'gateway keys create NAME --yaml' makes one" in caught.value.message
 
 
 def test_production_refuses_the_dev_key_beside_a_good_one(tmp_path: Path) -> None:
@@ -258,7 +258,10 @@ api_keys:
   - {{id: none, key: third, allow_agents: []}}
 """
     ring = keyring(tmp_path, text)
-    assert ring.authenticate(bearer(KEY)).allow == ("default/*", "labs/public-*", "labs/one")
+    heir = ring.authenticate(bearer(KEY))
+    assert heir.allow == ("default/*",)
+    assert heir.allow_by_namespace == ("labs/public-*", "labs/one")
+    assert ring.authenticate(bearer("other")).allow_by_namespace == ()
     assert ring.authenticate(bearer("other")).allow == ("team/*",)
     assert ring.authenticate(bearer("third")).allow == ()
 
@@ -289,6 +292,42 @@ def test_a_wrong_file_is_refused_with_the_sentence_that_mends_it(tmp_path: Path,
     assert says in caught.value.message
 
 
-def test_rate_limits_that_are_not_enforced_are_said_to_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    keyring(tmp_path, one_key("    rate_limit: {per_minute: 5}\n"))
-    assert "rate_limit, which this version reads but does not enforce" in caplog.text
+def test_a_key_has_its_own_limits_or_the_defaults(tmp_path: Path) -> None:
+    text = (
+        "version: 1\ndefault:\n  limits: {requests_per_minute: 60}\n  end_user_limits: {tokens_per_minute: 9}\n"
+        "  namespace_limits: {sales: {cost_per_day_usd: 2.5}}\napi_keys:\n"
+        "  - {id: own, key: k-own, limits: {concurrent_runs: 2}, namespace: sales}\n"
+        "  - {id: old, key: k-old, rate_limit: {per_minute: 5}}\n"
+        "  - {id: none, key: k-none, limits: {}, end_user_limits: {}}\n"
+        "  - {id: plain, key: k-plain}\n"
+    )
+    keys = keyring(tmp_path, text)
+
+    def of(name: str) -> Allowance | None:
+        return keys.authenticate(Caller(x_api_key=f"k-{name}")).allowance
+
+    users = Limits(tokens_per_minute=9)
+    assert of("own") == Allowance(key=Limits(concurrent_runs=2), namespace=Limits(cost_per_day_usd=2.5), end_user=users)
+    assert of("old") == Allowance(key=Limits(requests_per_minute=5), end_user=users)
+    assert of("none") is None
+    assert of("plain") == Allowance(key=Limits(requests_per_minute=60), end_user=users)
+
+
+def test_the_environment_limits_keys_of_which_nothing_else_is_said(tmp_path: Path) -> None:
+    keys = keyring(tmp_path, one_key(), rate_limit_per_minute="7", api_key="sk-env-key-0123456789")
+    env = keys.authenticate(Caller(x_api_key="sk-env-key-0123456789"))
+    assert env.allowance == Allowance(key=Limits(requests_per_minute=7))
+
+
+@pytest.mark.parametrize(
+    ("limits", "says"),
+    [
+        ("limits: {requests_per_minute: 0}", "requests_per_minute"),
+        ("limits: {cost_per_day_usd: -1}", "cost_per_day_usd"),
+        ("limits: {requests_per_hour: 1}", "unknown key 'requests_per_hour'"),
+        ("limits: {requests_per_minute: 1}\n    rate_limit: {per_minute: 2}", "leave one of them"),
+    ],
+)
+def test_a_limit_that_is_none_is_refused(tmp_path: Path, limits: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        keyring(tmp_path, one_key(f"    {limits}\n"))

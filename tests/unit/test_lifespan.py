@@ -40,7 +40,7 @@ def test_a_failure_while_opening_is_a_failed_start(
     monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
 ) -> None:
     @asynccontextmanager
-    async def broken(settings: Settings) -> AsyncIterator[None]:
+    async def broken(settings: Settings, **_: object) -> AsyncIterator[None]:
         raise error
         yield
 

@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 
+from gateway.errors import GatewayError
 from gateway.observability.logs import (
     JsonHandler,
     bind_request_id,
+    bind_tool,
     clean_text,
     configure_logging,
+    log_context,
     log_event,
 )
 
@@ -150,7 +153,38 @@ def test_an_exception_is_told_with_its_traceback(lines: Lines) -> None:
     first, second = lines.all()
     assert first["exception"]["type"] == "KeyError"
     assert 'raise KeyError("city")' in first["exception"]["traceback"]
-    assert second["exception"]["message"] == "'city'"
+    assert (second["exception"]["type"], second["exception"]["message"]) == ("KeyError", "")
+    assert second["exception"]["traceback"].endswith("KeyError\n")
+
+
+def test_the_texts_of_exceptions_are_there_when_asked_for(lines: Lines) -> None:
+    configure_logging("info", lines.stream, exception_text=True)
+    log_event(LOGGER, "x", exc_info=KeyError("city"))
+    assert lines.only()["exception"] == {"type": "KeyError", "message": "'city'", "traceback": "KeyError: 'city'\n"}
+
+
+def test_of_the_texts_of_exceptions_only_our_own_and_the_systems_are_shown(lines: Lines) -> None:
+    def fail() -> None:
+        try:
+            try:
+                raise ValueError("canary-inner")
+            except ValueError as inner:
+                raise OSError(111, "Connect call failed") from inner
+        except OSError:
+            raise GatewayError("Say it again.")  # noqa: B904 - the context is what is tested
+
+    try:
+        fail()
+    except GatewayError as error:
+        log_event(LOGGER, "x", exc_info=error)
+    log_event(LOGGER, "y", exc_info=ExceptionGroup("canary-group", [RuntimeError("canary-member")]))
+    log_event(LOGGER, "z", exc_info=OSError("canary-os"))
+    first, group, odd = (line["exception"] for line in lines.all())
+    assert first["message"] == "Say it again."
+    order = [first["traceback"].index(text) for text in ("ValueError\n", "Errno 111] Connect", "GatewayError: Say")]
+    assert order == sorted(order) and first["traceback"].count("in fail") == 3
+    assert "RuntimeError" in group["traceback"] and odd["message"] == ""
+    assert "canary" not in lines.stream.getvalue().replace('raise ValueError(\\"canary-inner\\")', "")
 
 
 def test_no_text_can_end_a_line_or_drive_a_terminal(lines: Lines) -> None:
@@ -230,3 +264,45 @@ def test_a_quiet_level_builds_nothing(lines: Lines) -> None:
 
 def test_clean_text_leaves_ordinary_text_alone() -> None:
     assert clean_text("Grüße aus 東京 🎌, task-12") == "Grüße aus 東京 🎌, task-12"
+
+
+def test_what_is_known_of_a_request_is_on_its_lines_and_a_lines_own_word_counts_first(lines: Lines) -> None:
+    log_event(LOGGER, "before")
+    with bind_request_id("req-1", "whole-7") as context:
+        context.endpoint, context.agent_id = "/v1/chat/completions", "default/a"
+        with bind_tool("weather"):
+            log_event(LOGGER, "within")
+        log_event(LOGGER, "after", agent_id="default/b")
+    assert log_context() is None
+    before, within, after = lines.all()
+    names = ("request_id", "correlation_id", "endpoint", "agent_id", "tool_name")
+    assert [before.get(name) for name in names] == [None] * 5
+    assert [within.get(name) for name in names] == ["req-1", "whole-7", "/v1/chat/completions", "default/a", "weather"]
+    assert [after.get(name) for name in names] == ["req-1", "whole-7", "/v1/chat/completions", "default/b", None]
+
+
+@pytest.mark.anyio
+async def test_two_hundred_requests_at_once_share_no_word(lines: Lines) -> None:
+    async def tool(number: int, name: str) -> None:
+        with bind_tool(f"{name}-{number}"):
+            await asyncio.sleep(0)
+            await asyncio.to_thread(log_event, LOGGER, "in.tool", own=f"{name}-{number}", number=number)
+
+    async def request(number: int) -> None:
+        with bind_request_id(f"r-{number}", f"c-{number}") as context:
+            await asyncio.sleep(0)
+            context.endpoint = f"/e/{number}"
+            await asyncio.gather(tool(number, "a"), tool(number, "b"))
+            context.agent_id = f"g-{number}"
+            await asyncio.sleep(0)
+            log_event(LOGGER, "in.request", number=number)
+
+    await asyncio.gather(*(request(number) for number in range(200)))
+    found = lines.all()
+    assert len(found) == 600
+    for line in found:
+        number = line["number"]
+        assert (line["request_id"], line["correlation_id"]) == (f"r-{number}", f"c-{number}")
+        assert line["endpoint"] == f"/e/{number}"
+        assert line.get("tool_name") == line.get("own")
+        assert line.get("agent_id") == (f"g-{number}" if line["event"] == "in.request" else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -35,8 +36,15 @@ def used() -> Metrics:
     return metrics
 
 
+def rendered(metrics: Metrics, *, openmetrics: bool = False) -> bytes:
+    async def join() -> bytes:
+        return b"".join([piece async for piece in metrics.render(openmetrics=openmetrics)])
+
+    return asyncio.run(join())
+
+
 def samples(metrics: Metrics) -> dict[str, float]:
-    text, _ = asyncio.run(metrics.render())
+    text = rendered(metrics)
     return {
         f"{s.name}{{{','.join(f'{k}={v}' for k, v in sorted(s.labels.items()))}}}": s.value
         for family in parse_text(text.decode())
@@ -111,23 +119,53 @@ def test_runs_under_way_are_a_gauge() -> None:
 
 
 def test_both_formats_hold_every_family_and_parse() -> None:
-    async def both() -> tuple[tuple[bytes, str], tuple[bytes, str]]:
-        metrics = used()
-        return await metrics.render(), await metrics.render(openmetrics=True)
+    metrics = used()
+    text, openmetrics = rendered(metrics).decode(), rendered(metrics, openmetrics=True).decode()
+    assert openmetrics.endswith("# EOF\n")
+    assert openmetrics.count("# EOF") == 1
+    assert text.count("# EOF") == 0
+    ours = sorted((family.name, family.kind, family.documentation) for family in metrics.families)
+    for families in (list(parse_text(text)), list(parse_openmetrics(openmetrics))):
+        assert sorted((family.name, family.type, family.documentation) for family in families) == ours
+    assert len({name for name, _, _ in ours}) == len(ours)
 
-    (text, plain_type), (openmetrics, open_type) = asyncio.run(both())
-    assert plain_type.startswith("text/plain; version=0.0.4")
-    assert open_type.startswith("application/openmetrics-text; version=1.0.0")
-    assert openmetrics.endswith(b"# EOF\n")
-    assert openmetrics.count(b"# EOF") == 1
-    assert text.count(b"# EOF") == 0
-    assert len(list(parse_openmetrics(openmetrics.decode()))) == len(list(parse_text(text.decode())))
+
+def test_label_values_are_escaped() -> None:
+    name = 'a "b"\\\n{c}, d=é'
+    metrics = Metrics()
+    metrics.tool_invoked(name, "mcp", "sdk", "success", 0.01)
+    for families in (
+        parse_text(rendered(metrics).decode()),
+        parse_openmetrics(rendered(metrics, openmetrics=True).decode()),
+    ):
+        named = [sample.labels["tool"] for family in families for sample in family.samples if "tool" in sample.labels]
+        assert set(named) == {name}
+        assert len(named) == 1 + 10 + 2  # the counter; buckets, count and sum
+
+
+def test_numbers_are_written_as_they_are() -> None:
+    metrics = Metrics()
+    for number in (1e-7, 0.1, 3.0, 1e21, 123456789.25):
+        metrics.cost("chat", f"a/{number}", "a", number)
+    found = samples(metrics)
+    for number in (1e-7, 0.1, 3.0, 1e21, 123456789.25):
+        labels = f"operation_name=chat,provider_name=a,request_model=a/{number}"
+        assert found[f"gen_ai_client_cost_total{{{labels}}}"] == number
+
+
+def test_what_one_process_counted_can_be_added_to_another() -> None:
+    first, sum_ = used(), used()
+    for mine, other in zip(sum_.families, first.families, strict=True):
+        for labels, numbers in other.totals():
+            mine.add(labels, numbers)
+    once, twice = samples(first), samples(sum_)
+    assert {name: value * 2 for name, value in once.items()} == pytest.approx(twice)
 
 
 def test_two_processes_worth_of_metrics_do_not_meet() -> None:
     first, second = used(), Metrics()
     assert second.snapshot()["total_requests"] == 0
-    assert first.registry is not second.registry
+    assert first.families[0] is not second.families[0]
 
 
 def test_labels_are_bounded_and_cut() -> None:
@@ -143,29 +181,52 @@ def test_labels_are_bounded_and_cut() -> None:
     assert metrics.snapshot()["tool_breakdown"]["other"]["other"]["count"] == 200
 
 
+def test_models_are_shown_as_the_gateway_knows_them() -> None:
+    metrics, known = Metrics(), {"a/m": "a/m", "a/made-up": "a/*"}
+    metrics.show_models_as(known.get)
+    for model in ("a/m", "a/made-up", "gone"):
+        metrics.run_started(model)
+        metrics.run_finished(model, False, "success", 0.1)
+    known["a/made-up"] = "a/made-up"
+    metrics.forget_models()
+    metrics.first_token("a/made-up", 0.1)
+    found = samples(metrics)
+    runs = "agent_gateway_runs_total{model="
+    assert {name: value for name, value in found.items() if name.startswith(runs)} == {
+        f"{runs}{shown},outcome=success}}": 1 for shown in ("a/m", "a/*", "other")
+    }
+    assert found["gen_ai_server_time_to_first_token_count{operation_name=chat,request_model=a/made-up}"] == 1
+
+
 def test_a_method_nobody_knows_is_no_label() -> None:
     metrics = Metrics()
     metrics.http_request("(unknown)", "X" * 50, 405, 0.1)
     assert samples(metrics)["agent_gateway_http_requests_total{method=other,route=(unknown),status=405}"] == 1
 
 
-def test_a_scrape_of_many_label_sets_lets_the_loop_turn() -> None:
+def test_a_scrape_of_many_label_sets_is_written_in_small_pieces() -> None:
     metrics = Metrics()
-    for number in range(500):
+    for number in range(1_000):
         metrics.first_token(f"a/{number}", 0.1)
-    turns = 0
 
-    async def scrape() -> int:
-        nonlocal turns
-        done = asyncio.create_task(metrics.render())
-        while not done.done():
-            turns += 1
-            await asyncio.sleep(0)
-        return len((await done)[0])
+    async def scrape() -> tuple[list[int], list[float]]:
+        """The sizes of the pieces, and the CPU seconds that the loop gave to each of them at a stretch."""
+        sizes, stretches = [], []
+        turned = asyncio.Event()
+        asyncio.get_running_loop().call_soon(turned.set)
+        before = time.thread_time()
+        async for piece in metrics.render():
+            now = time.thread_time()
+            stretches.append(now - before)
+            sizes.append(len(piece))
+            before = time.thread_time()
+        assert turned.is_set(), "the loop never turned"
+        return sizes, stretches
 
-    size = asyncio.run(scrape())
-    assert size > 500_000
-    assert turns > 20
+    sizes, stretches = asyncio.run(scrape())
+    assert sum(sizes) > 1_000_000
+    assert max(sizes) < sum(sizes) / 4
+    assert max(stretches) < 0.005
 
 
 def test_recent_errors_keep_the_last_ones_newest_first() -> None:

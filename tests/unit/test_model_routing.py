@@ -33,7 +33,7 @@ from gateway.errors import (
     UpstreamUnreachable,
 )
 from gateway.observability.metrics import Metrics
-from gateway.routing.bodies import with_model
+from gateway.routing.bodies import with_max_tokens_as, with_model
 from gateway.routing.budget import RetryBudget
 from gateway.routing.config import RoutingConfig, load_routing
 from gateway.routing.failures import kind_of
@@ -185,6 +185,19 @@ def test_the_body_carries_the_name_the_target_knows() -> None:
     assert (first.bodies, second.bodies) == ([b'{"model":"x"}'], [b'{"model":"y"}'])
 
 
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b'{"max_tokens":5,"n":1.50}', b'{"n":1.50,"max_completion_tokens":5}'),
+        (b'{"max_tokens":5,"max_completion_tokens":6}', b'{"max_completion_tokens":6}'),
+        (b'{"max_completion_tokens":6}', b'{"max_completion_tokens":6}'),
+        (b'{"x":"max_tokens"}', b'{"x":"max_tokens"}'),
+    ],
+)
+def test_the_limit_of_tokens_stands_under_one_name(body: bytes, expected: bytes) -> None:
+    assert with_max_tokens_as(body, "max_completion_tokens") == expected
+
+
 def test_weights_share_the_calls() -> None:
     a, b = FakeServer("a"), FakeServer("b")
     gate = routes(
@@ -207,6 +220,12 @@ def test_least_busy_and_lowest_latency_choose() -> None:
     assert Counter(ask(quick.find_model("v")) for _ in range(100))["b"] > 85
 
 
+def breaker_state(metrics: Metrics) -> float:
+    """What the gauge of model ``m`` at upstream ``a`` shows."""
+    (family,) = [family for family in metrics.families if family.name == "agent_gateway_routing_breaker_state"]
+    return dict(family.totals())["a", "m"][0]
+
+
 def test_the_breaker_opens_lets_one_probe_through_and_closes() -> None:
     clock, metrics = Clock(), Metrics()
     a, b = FakeServer("a", [UpstreamError("down")]), FakeServer("b")
@@ -216,9 +235,7 @@ def test_the_breaker_opens_lets_one_probe_through_and_closes() -> None:
     assert len(a.bodies) == 5
     health = bound(gate.find_model("v")).upstream.route.candidates[0].health
     assert health.state == "open"
-    assert (
-        metrics.registry.get_sample_value("agent_gateway_routing_breaker_state", {"upstream": "a", "model": "m"}) == 2
-    )
+    assert breaker_state(metrics) == 2
     clock.now += 10
     assert health.waits_s() == 0
     assert health.begin() and health.state == "half_open"
@@ -229,9 +246,7 @@ def test_the_breaker_opens_lets_one_probe_through_and_closes() -> None:
     a.script = [True]
     assert ask(gate.find_model("v")) == "a"
     assert health.state == "closed"
-    assert (
-        metrics.registry.get_sample_value("agent_gateway_routing_breaker_state", {"upstream": "a", "model": "m"}) == 0
-    )
+    assert breaker_state(metrics) == 0
 
 
 def test_a_probe_that_the_caller_gives_up_leaves_the_breaker_open() -> None:
@@ -384,6 +399,52 @@ def test_no_sequence_of_failures_multiplies_traffic(outcomes: list[type[GatewayE
     assert len(server.bodies) <= 40 * 1.2 + 1
 
 
+def test_a_stand_in_that_failed_lately_is_asked_within_the_budget_until_it_has_proved_itself() -> None:
+    clock = Clock()
+    first, second = FakeServer("a", [UpstreamError("down")]), FakeServer("b", [UpstreamError("down"), True])
+    gate = routes(
+        first, second, clock=clock, breaker={"failures": 99, "open_s": 10}, retry_budget=0, **virtual("a/m", "b/m")
+    )
+
+    def asked() -> int:
+        before = len(second.bodies)
+        with suppress(UpstreamError):
+            ask(gate.find_model("v"))
+        return len(second.bodies) - before
+
+    assert asked() == 1, "nothing is known against it"
+    second.script.insert(0, UpstreamError("down"))
+    assert [asked() for _ in range(4)] == [1, 0, 0, 0], "it failed twice, and there is no budget"
+    clock.now += 10
+    assert [asked() for _ in range(3)] == [1, 1, 1], "time heals, and each answer lets more through"
+
+
+def test_calls_pass_on_to_a_stand_in_a_few_at_a_time_until_it_answers() -> None:
+    first, second = FakeServer("a", [UpstreamError("down")]), FakeServer("b")
+    gate = routes(first, second, breaker={"failures": 99}, retry_budget=0, **virtual("a/m", "b/m"))
+    most = under_way = 0
+    go = asyncio.Event()
+
+    async def slowly(path: str, body: bytes, **options: Any) -> bytes:
+        nonlocal most, under_way
+        under_way += 1
+        most = max(most, under_way)
+        await go.wait()
+        under_way -= 1
+        return b"b"
+
+    async def main() -> list[bytes]:
+        calls = [asyncio.create_task(bound(gate.find_model("v")).upstream.post("/x", BODY)) for _ in range(50)]
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert (under_way, most) == (5, 5)
+        go.set()
+        return await asyncio.gather(*calls)
+
+    second.post = slowly  # type: ignore[method-assign]
+    assert asyncio.run(main()) == [b"b"] * 50
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -393,6 +454,10 @@ def test_no_sequence_of_failures_multiplies_traffic(outcomes: list[type[GatewayE
         ("models: {local/m: {fallbacks: [vv]}}", "fallbacks"),
         ("models: {'a b': {targets: [{model: local/m}]}}", "letters, digits"),
         ("retry_budget: 0.5", "retry_budget"),
+        ("models: {v: {targets: [{model: local/m}, {model: local/n}], hedge: {}}}", "needs after_s"),
+        ("models: {v: {targets: [{model: local/m}], hedge: {after_s: 1}}}", "two targets"),
+        ("models: {local/m: {hedge: {after_s: 1}}}", "two targets"),
+        ("models: {v: {targets: [{model: local/m}], hedge: {percentile: 100}}}", "percentile"),
         ("models: {v: {strategi: priority}}", "did you mean 'strategy'"),
     ],
 )

@@ -75,7 +75,7 @@ def gateway(entries: Iterable[AgentEntry], *, hide: bool = False, loaded: bool =
 
 def request(gate: Any, principal: Principal, model: str = "") -> Request:
     unused = cast("Any", None)
-    return Request({}, unused, unused, gate, "req", {}, principal, {"model": model})
+    return Request({}, unused, unused, gate, "req", {}, principal=principal, path_params={"model": model})
 
 
 def listed(gate: Any, principal: Principal) -> list[dict[str, Any]]:

@@ -67,6 +67,17 @@ def test_names_that_are_not_unique_find_nothing() -> None:
     assert registry.find("a/same") is one and registry.find("b/same") is two
 
 
+def test_a_shared_name_means_what_the_caller_reaches_of_it() -> None:
+    one, two = entry("a/same", "assistant"), entry("b/same", "assistant")
+    registry = Registry.build([one, two])
+    for name in ("same", "SAME", "assistant"):
+        assert registry.find_reached(name, {"a/same"}.__contains__) is one
+        assert registry.find_reached(name, {"b/same"}.__contains__) is two
+        assert registry.find_reached(name, {"a/same", "b/same"}.__contains__) is None
+        assert registry.find_reached(name, set[str]().__contains__) is None
+    assert registry.find_reached("A/Same", set[str]().__contains__) is one, "an id means one agent to everybody"
+
+
 def test_a_folder_wins_over_the_name_of_another_agent() -> None:
     folder, other = entry("default/weather"), entry("default/other", "weather", "default/weather")
     registry = Registry.build([other, folder])

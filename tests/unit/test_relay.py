@@ -264,7 +264,7 @@ def test_an_answer_that_is_cut_is_charged(scripted: ScriptedUpstream) -> None:
             run = run_of(b'{"model":"up/m","messages":[],"stream":true}')
             with pytest.raises(UpstreamIncomplete):
                 [event async for event in RelayExecutor(ModelBinding(upstream, "m"), meter=meter).execute(run)]
-        return (await metrics.render())[0]
+        return b"".join([piece async for piece in metrics.render()])
 
     labels = b'{operation_name="chat",provider_name="up",request_model="up/m"} '
     assert b"gen_ai_client_cost_total" + labels in asyncio.run(main())

@@ -14,9 +14,9 @@ async def _handler(_: Request) -> Response:
 
 TABLE = RouteTable(
     [
-        Route("GET", "/v1/models", "a", "chat", "", _handler, ("/models",)),
-        Route("GET", "/v1/models/{model:path}", "b", "chat", "", _handler, ("/models/{model:path}",)),
-        Route("POST", "/v1/models/{model:path}", "c", "admin", "", _handler),
+        Route("GET", "/v1/models", "models.list", "chat", "", _handler, ("/models",)),
+        Route("GET", "/v1/models/{model:path}", "models.get", "chat", "", _handler, ("/models/{model:path}",)),
+        Route("POST", "/v1/models/{model:path}", "test.c", "admin", "", _handler),
     ]
 )
 
@@ -24,12 +24,12 @@ TABLE = RouteTable(
 @pytest.mark.parametrize(
     ("method", "path", "action", "params"),
     [
-        ("GET", "/v1/models", "a", {}),
-        ("HEAD", "/models", "a", {}),
-        ("GET", "/v1/models/ns/x", "b", {"model": "ns/x"}),
-        ("GET", "/models/x", "b", {"model": "x"}),
-        ("GET", "/v1/models/a\nb", "b", {"model": "a\nb"}),
-        ("POST", "/v1/models/x", "c", {"model": "x"}),
+        ("GET", "/v1/models", "models.list", {}),
+        ("HEAD", "/models", "models.list", {}),
+        ("GET", "/v1/models/ns/x", "models.get", {"model": "ns/x"}),
+        ("GET", "/models/x", "models.get", {"model": "x"}),
+        ("GET", "/v1/models/a\nb", "models.get", {"model": "a\nb"}),
+        ("POST", "/v1/models/x", "test.c", {"model": "x"}),
     ],
 )
 def test_a_path_has_one_row(method: str, path: str, action: str, params: dict[str, str]) -> None:
@@ -49,6 +49,6 @@ def test_another_method_is_refused_with_what_would_do() -> None:
 
 
 def test_the_same_row_twice_is_a_mistake_of_ours() -> None:
-    row = Route("GET", "/x", "a", "chat", "", _handler)
+    row = Route("GET", "/x", "x.get", "chat", "", _handler)
     with pytest.raises(ValueError, match="two routes"):
         RouteTable([row, row])

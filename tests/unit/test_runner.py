@@ -138,7 +138,7 @@ def test_runs_inside_runs_end_at_a_depth() -> None:
     deep = Agent(name="deep")
     deep.tools.append(function_tool(again, failure_error_function=None))
     world = World(*[Reply(calls=(("again", {}),)) for _ in range(20)])
-    with world.installed(), pytest.raises(AgentFailed, match="levels deep"):
+    with world.installed(), pytest.raises(AgentFailed, match="GATEWAY_RUN_MAX_DEPTH"):
         run_async(world.ask(deep))
     assert len(world.upstream.bodies) == 9
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from api import sse
+from api.client import Client
 from api.sse import PING, ClientGone, Connection, EventStream
 
 
@@ -46,7 +47,7 @@ def run(scenario: Callable[[Wire], Awaitable[None]]) -> None:
 def test_nothing_is_sent_before_the_first_bytes() -> None:
     async def scenario(wire: Wire) -> None:
         async with Connection(wire.receive) as connection:
-            stream = EventStream(wire.send, connection, ping_s=60)
+            stream = EventStream(Client({}, wire.send, ()), connection, ping_s=60)
             assert not stream.started and not wire.sent
             await stream.write(b"data: 1\n\n")
             await stream.write(b"", more=False)
@@ -64,7 +65,7 @@ def test_nothing_is_sent_before_the_first_bytes() -> None:
 def test_silence_sends_a_comment_and_with_it_the_head() -> None:
     async def scenario(wire: Wire) -> None:
         async with Connection(wire.receive) as connection:
-            stream = EventStream(wire.send, connection, ping_s=0.01)
+            stream = EventStream(Client({}, wire.send, ()), connection, ping_s=0.01)
             while wire.body().count(PING) < 3:
                 wire.grew.clear()
                 await wire.grew.wait()
@@ -121,7 +122,7 @@ def test_a_client_that_stops_reading_counts_as_gone(monkeypatch: pytest.MonkeyPa
 
         async def serve() -> None:
             async with Connection(wire.receive) as connection:
-                stream = EventStream(wire.send, connection, ping_s=0.01)
+                stream = EventStream(Client({}, wire.send, ()), connection, ping_s=0.01)
                 try:
                     await stream.write(b"data: 1\n\n")
                 finally:

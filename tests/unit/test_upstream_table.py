@@ -92,6 +92,25 @@ def test_unknown_name_says_how_to_mend_it(
     with_table(check, LOCAL, ANYTHING)
 
 
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("local/llama3.2", "local/llama*"),
+        ("anything/what-ever", "anything/*"),
+        ("openai/o3-mini", "openai/o[0-9]*"),
+        ("gpt-5", "gpt-*"),
+        ("claude-9", "claude-*"),
+        ("local/mistral", None),
+        ("mistral", None),
+    ],
+)
+def test_pattern_that_lets_a_name_through(name: str, pattern: str | None) -> None:
+    def check(table: UpstreamTable) -> None:
+        assert table.find_pattern(name) == pattern
+
+    with_table(check, LOCAL, OPENAI, ANYTHING, aliases={"claude-*": "anything/*", "o3": "local/qwen3-8b"})
+
+
 def test_demo_takes_every_name() -> None:
     def check(table: UpstreamTable) -> None:
         for name in (None, "gpt-5-mini", "demo", "openai/gpt-5", "meta/llama"):

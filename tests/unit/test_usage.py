@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from decimal import Decimal
 from pathlib import Path
 
@@ -11,13 +12,17 @@ from agents import Agent
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.chat import RelayRequest
 from gateway.config import Settings
 from gateway.errors import ConfigError
 from gateway.events import Usage
 from gateway.observability.metrics import Metrics
+from gateway.principal import Principal
+from gateway.run import Run
 from gateway.usage.estimate import estimate_usage
 from gateway.usage.meter import Meter
 from gateway.usage.prices import PriceRow, PriceTable, load_prices, reported_cost, usd
+from gateway.usage.reported import AnswerUsage
 from tests.unit.sdk_fakes import Reply, World, run_async
 
 ROWS = (
@@ -109,20 +114,78 @@ def test_dollars_are_written_exactly(amount: int, text: str) -> None:
     assert usd(amount) == text
 
 
+def test_writing_to_the_upstreams_cache_has_a_price_of_its_own() -> None:
+    table = PriceTable([PriceRow(match="*", input=3, cached_input=0.3, cache_write=3.75, output=15)])
+    used = Usage(1_000, 10, cached_input_tokens=200, requests=1, cache_write_tokens=700)
+    assert table.cost("a", "m", used) == (100 * 3_000_000 + 200 * 300_000 + 700 * 3_750_000 + 10 * 15_000_000)
+    assert TABLE.cost("openai", "mini-2025", Usage(10, requests=1, cache_write_tokens=10)) == 90_000_000, "as input"
+    assert (used + used).cache_write_tokens == 1_400
+
+
+def test_prices_have_a_version_that_changes_with_them() -> None:
+    assert TABLE.version == PriceTable(ROWS).version != PriceTable(ROWS[1:]).version
+
+
+@pytest.mark.parametrize(
+    ("kind", "pieces", "usage"),
+    [
+        (
+            b"application/json",
+            [
+                b'{"created":1,"data":[{"b64_json":"' + b"A" * 100_000 + b'"}],"usa',
+                b'ge":{"input_tokens":50,"output_tokens":90,"input_tokens_details":{"text_tokens":50}}}',
+            ],
+            Usage(50, 90, requests=1),
+        ),
+        (
+            b"text/event-stream",
+            [
+                b'data: {"type":"transcript.text.delta","delta":"a"}\n\n',
+                b'data: {"type":"transcript.text.done","text":"\\"usage\\": {","usage":{"type":"tokens",'
+                b'"input_tokens":14,"input_token_details":{"audio_tokens":10},"output_tokens":3,"cost":0.5}}\n\n',
+            ],
+            Usage(14, 3, requests=1, audio_input_tokens=10, cost=5 * 10**11, cost_reported=True),
+        ),
+        (b"application/json", [b'{"text":"hi","usage":{"type":"duration","seconds":9}}'], None),
+        (b"application/json", [b'{"text":"\\"usage\\": {\\"input_tokens\\": 5}"}'], None),
+        (b"application/json", [b'{"usage":{"input_tokens":-5,"output_tokens":1}}'], None),
+        (b"application/json", [b'{"usage":{"input_tokens":1'], None),
+        (b"audio/mpeg", [b'"usage":{"input_tokens":1,"output_tokens":1}'], None),
+        (None, [], None),
+    ],
+)
+def test_what_an_answer_in_bytes_says_of_its_usage(
+    kind: bytes | None, pieces: list[bytes], usage: Usage | None
+) -> None:
+    answer = AnswerUsage(kind)
+    for piece in pieces:
+        answer.feed(piece)
+    assert answer.find() == usage
+
+
 def test_an_estimate_says_that_it_is_one() -> None:
     assert estimate_usage(400, 9) == Usage(100, 3, requests=1, estimated=True)
+
+
+_RUN = Run(
+    uuid.uuid4(), "request", Principal("k", "k", ("*",)), "r", RelayRequest(model="r", fields={}), False, 1, 60.0
+)
+
+
+async def rendered(metrics: Metrics) -> str:
+    return b"".join([piece async for piece in metrics.render()]).decode()
 
 
 def test_the_word_of_the_upstream_counts_before_the_prices() -> None:
     metrics = Metrics()
     meter = Meter(TABLE, metrics)
     said = Usage(10, 5, requests=1, cost=7, cost_reported=True)
-    assert meter.charge(said, run_model="r", upstream="openai", model="mini") == said
-    priced = meter.charge(Usage(2, requests=1), run_model="r", upstream="local", model="embed", path="/embeddings")
+    assert meter.charge(said, _RUN, upstream="openai", model="mini") == said
+    priced = meter.charge(Usage(2, requests=1), _RUN, upstream="local", model="embed", path="/embeddings")
     assert priced == Usage(2, requests=1, cost=40_000)
     free = Usage(1, 1, requests=1)
-    assert meter.charge(free, run_model="r", upstream="nobody", model="m") is free
-    text = asyncio.run(metrics.render())[0].decode()
+    assert meter.charge(free, _RUN, upstream="nobody", model="m") is free
+    text = asyncio.run(rendered(metrics))
     found = [line for line in text.splitlines() if line.startswith("gen_ai_client_cost_total{")]
     assert found == [
         'gen_ai_client_cost_total{operation_name="chat",provider_name="openai",request_model="r"} 7e-12',

@@ -1,0 +1,328 @@
+"""`gateway serve --workers`: one gateway in several processes, through death, reload and the end."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.support.certificates import certificate
+from tests.support.house import write_agent
+from tests.support.scripted_upstream import Answer, ScriptedUpstream
+from tests.support.server import Gateway, StartFailed, descendants, running_gateway
+from tests.support.waiting import wait_for
+
+KEY = "sk-test-workers-aaaaaaaaaaaaaaaaaaaaaaaa"
+OTHER = "sk-test-workers-bbbbbbbbbbbbbbbbbbbbbbbb"
+ENV = {"GATEWAY_API_KEY": KEY, "GATEWAY_SHUTDOWN_DRAIN_S": "2"}
+CALL = {"model": "up/m", "messages": [{"role": "user", "content": "x"}]}
+
+
+def serve(workers: int) -> tuple[str, ...]:
+    return ("-m", "gateway_cli", "serve", "--workers", str(workers), "--port")
+
+
+@pytest.fixture
+def upstream() -> Iterator[ScriptedUpstream]:
+    with ScriptedUpstream() as server:
+        yield server
+
+
+@pytest.fixture
+def home(tmp_path: Path, upstream: ScriptedUpstream) -> Path:
+    write_upstream(tmp_path, upstream)
+    (tmp_path / "security.yaml").write_text("version: 1\n", encoding="utf-8")
+    return tmp_path
+
+
+def write_upstream(home: Path, upstream: ScriptedUpstream, *, name: str = "up") -> None:
+    (home / "upstreams.yaml").write_text(
+        "version: 1\nupstreams:\n"
+        f"  - {{name: {name}, provider: openai-compatible, base_url: '{upstream.base_url}', models: ['*']}}\n",
+        encoding="utf-8",
+    )
+
+
+def serving(gateway: Gateway, count: int) -> dict[int, int]:
+    """Wait until as many workers serve; return their process ids by slot."""
+
+    def look() -> dict[int, int] | None:
+        slots = {line["slot"]: line["pid"] for line in gateway.log_events("worker.serving")}
+        alive = {slot: pid for slot, pid in slots.items() if Path(f"/proc/{pid}").exists()}
+        return alive if len(alive) == count else None
+
+    found = wait_for(look, timeout_s=40, what=f"{count} workers serve")
+    assert found is not None
+    return found
+
+
+def counted(gateway: Gateway) -> int:
+    """Read the number of successful calls that the gateway shows, over all workers."""
+    text = gateway.get("/metrics/prometheus").body.decode()
+    lines = [line for line in text.splitlines() if line.startswith("agent_gateway_runs_total{")]
+    return sum(int(float(line.rpartition(" ")[2])) for line in lines if 'outcome="success"' in line)
+
+
+def test_any_worker_shows_all_and_a_killed_one_takes_nothing_along(home: Path) -> None:
+    with running_gateway(home, env=ENV, key=KEY, command=serve(3)) as gateway:
+        pids = serving(gateway, 3)
+        assert sorted(pids) == [0, 1, 2]
+        for _ in range(12):
+            assert gateway.post("/v1/chat/completions", CALL).status == 200
+        assert {counted(gateway) for _ in range(4)} == {12}
+        assert {gateway.get("/metrics").json()["total_requests"] for _ in range(4)} == {12}
+        time.sleep(0.6)  # what a worker counted in its last half second may be lost with it: that is the promise
+        os.kill(pids[1], signal.SIGKILL)
+        for _ in range(12):
+            assert gateway.post("/v1/chat/completions", CALL).status == 200, "the others serve on"
+        replaced = wait_for(
+            lambda: (now := serving(gateway, 3)) and now[1] != pids[1] and now, timeout_s=30, what="slot 1 is filled"
+        )
+        assert (replaced[0], replaced[2]) == (pids[0], pids[2])
+        assert counted(gateway) == 24
+        died = gateway.log_events("worker.died")
+        assert [(line["slot"], line["pid"]) for line in died] == [(1, pids[1])]
+
+
+def test_under_load_a_killed_worker_costs_only_its_own_requests(home: Path) -> None:
+    with running_gateway(home, env=ENV, key=KEY, command=serve(3)) as gateway:
+        pids = serving(gateway, 3)
+        calls: list[tuple[float, float, int]] = []
+        kills: list[float] = []
+        over = threading.Event()
+
+        def work() -> None:
+            while not over.is_set():
+                began = time.monotonic()
+                try:
+                    status = gateway.post("/v1/chat/completions", CALL, timeout_s=10).status
+                except (OSError, http.client.HTTPException):
+                    status = 0
+                calls.append((began, time.monotonic(), status))
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        try:
+            for slot in (0, 1):
+                seen = len(calls)
+                wait_for(lambda: len(calls) > seen + 40, timeout_s=30, what="calls succeed")  # noqa: B023
+                kills.append(time.monotonic())
+                os.kill(pids[slot], signal.SIGKILL)
+            seen = len(calls)
+            wait_for(lambda: len(calls) > seen + 40, timeout_s=30, what="calls go on")
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join(20)
+        assert {status for _, _, status in calls} <= {200, 0}
+        failed = [(began, ended) for began, ended, status in calls if status == 0]
+        assert len(failed) <= 4 * len(kills), "at most what the dead workers had in hand"
+        assert all(any(began - 0.2 <= kill <= ended for kill in kills) for began, ended in failed)
+
+
+def test_a_refresh_reaches_every_worker_and_says_what_all_serve(home: Path, upstream: ScriptedUpstream) -> None:
+    with running_gateway(home, env=ENV, key=KEY, command=serve(4)) as gateway:
+        serving(gateway, 4)
+        first = gateway.post("/upstreams/refresh")
+        assert (first.status, first.headers.get("x-gateway-workers")) == (200, "4"), first.body
+        write_upstream(home, upstream, name="other")
+        second = gateway.post("/upstreams/refresh")
+        assert second.status == 200
+        assert second.headers["x-gateway-content-hash"] != first.headers["x-gateway-content-hash"]
+        moved = CALL | {"model": "other/m"}
+        answers = [gateway.post("/v1/chat/completions", moved) for _ in range(12)]
+        assert {(answer.status, answer.headers["x-gateway-upstream"]) for answer in answers} == {(200, "other")}
+        (home / "upstreams.yaml").write_text("version: 1\nupstreams: 3\n", encoding="utf-8")
+        wrong = gateway.post("/upstreams/refresh")
+        assert (wrong.status, wrong.error["code"]) == (400, "configuration_error")
+        assert "upstreams.yaml:2" in wrong.error["message"]
+        assert {gateway.post("/v1/chat/completions", moved).status for _ in range(8)} == {200}
+        agents = gateway.post("/agents/refresh")
+        assert (agents.status, agents.headers.get("x-gateway-workers")) == (200, "4"), agents.body
+
+
+def test_an_override_holds_in_every_worker_and_in_one_that_comes_later(home: Path) -> None:
+    (home / "security.yaml").write_text(
+        f"version: 1\napi_keys:\n  - {{id: narrow, key: '{OTHER}', allow_agents: ['nothing/*']}}\n", encoding="utf-8"
+    )
+    with running_gateway(home, env=ENV, key=KEY, command=serve(2)) as gateway:
+        pids = serving(gateway, 2)
+
+        def statuses() -> set[int]:
+            return {gateway.post("/v1/chat/completions", CALL, key=OTHER).status for _ in range(10)}
+
+        assert statuses() == {403}
+        grant = {"agent": "up/*", "ttl_seconds": 600, "reason": "test", "key_id": "narrow"}
+        made = gateway.post("/security/override", grant)
+        assert made.status == 200, made.body
+        assert statuses() == {200}
+        os.kill(pids[0], signal.SIGKILL)
+        wait_for(lambda: serving(gateway, 2)[0] != pids[0], timeout_s=30, what="slot 0 is filled")
+        wait_for(lambda: statuses() == {200}, what="the new worker knows the override")
+
+
+def test_recent_errors_and_endpoint_times_come_from_all_workers(home: Path) -> None:
+    with running_gateway(home, env=ENV, key=KEY, command=serve(2)) as gateway:
+        serving(gateway, 2)
+        broken = CALL | {"model": "up/fault:html"}
+        for _ in range(10):
+            assert gateway.post("/v1/chat/completions", broken).status == 502
+        assert {len(gateway.get("/agents/errors").json()) for _ in range(6)} == {10}
+        times = gateway.get("/api/health/endpoints").json()
+        (row,) = [row for row in times["endpoints"] if row["endpoint"] == "/v1/chat/completions"]
+        assert (row["count"], row["errors"], row["status"], row["status_codes"]) == (10, 10, "unhealthy", {"502": 10})
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sigterm_with_ten_live_streams(home: Path, upstream: ScriptedUpstream, workers: int) -> None:
+    """Those that end within the drain time are whole, the others are told, and the process is gone in time."""
+    with running_gateway(home, env=ENV, key=KEY, command=serve(workers)) as gateway, ExitStack() as stack:
+        if workers > 1:
+            serving(gateway, workers)
+        gate = upstream.gate()
+        upstream.script("short", Answer(text="one two three", gate=gate))
+        streams = {}
+        for number in range(10):
+            model = "up/short" if number < 5 else "up/fault:hang_part_way"
+            body = CALL | {"model": model, "stream": True}
+            stream = stack.enter_context(gateway.stream("POST", "/v1/chat/completions", json_body=body))
+            assert stream.status == 200
+            lines = stream.lines()
+            assert next(lines)
+            streams[number] = (stream, lines)
+        began = time.monotonic()
+        gateway.process.send_signal(signal.SIGTERM)
+
+        def is_refused() -> bool:
+            try:
+                return gateway.get("/readyz", key="").status == 503
+            except OSError:
+                return True
+
+        wait_for(is_refused, what="nothing new is accepted")
+        gate.open()
+        ends = {number: [line for line in lines if line][-1] for number, (_, lines) in streams.items()}
+        assert {ends[number] for number in range(5)} == {"data: [DONE]"}
+        for number in range(5, 10):
+            assert json.loads(ends[number].removeprefix("data: "))["error"]["code"] == "shutting_down"
+        assert gateway.process.wait(15) == 0
+        assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_second_signal_ends_it_at_once(home: Path, workers: int) -> None:
+    env = ENV | {"GATEWAY_SHUTDOWN_DRAIN_S": "60"}
+    with running_gateway(home, env=env, key=KEY, command=serve(workers)) as gateway:
+        pids = list(serving(gateway, 2).values()) if workers == 2 else []
+        body = CALL | {"model": "up/fault:hang_part_way", "stream": True}
+        with gateway.stream("POST", "/v1/chat/completions", json_body=body) as stream:
+            assert next(stream.lines())
+            gateway.process.send_signal(signal.SIGTERM)
+            with pytest.raises(subprocess.TimeoutExpired):
+                gateway.process.wait(0.5)
+            gateway.process.send_signal(signal.SIGTERM)
+            gateway.process.wait(5)
+        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), what="the workers are gone")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_signal_while_the_sdk_is_imported_ends_it_at_once(home: Path, workers: int) -> None:
+    write_agent(home / "agents", "Late", "Help.")
+    env = ENV | {"GATEWAY_LOG_LEVEL": "debug"}
+    with running_gateway(home, env=env, key=KEY, command=serve(workers), ready=None) as gateway:
+        wait_for(lambda: gateway.log_events("agent.preflight.started"), timeout_s=30, what="the import has begun")
+        family = descendants(gateway.process.pid)
+        assert family
+        began = time.monotonic()
+        gateway.process.send_signal(signal.SIGTERM)
+        assert gateway.process.wait(15) == 0
+        assert time.monotonic() - began < 5
+        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in family), timeout_s=5, what="nobody is left")
+        assert not gateway.log_events("agent.sdk.imported")
+        assert "Traceback" not in gateway.log_text()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sighup_reloads_without_dropping_a_stream(home: Path, upstream: ScriptedUpstream, workers: int) -> None:
+    with running_gateway(home, env=ENV, key=KEY, command=serve(workers)) as gateway:
+        if workers > 1:
+            serving(gateway, workers)
+        gate = upstream.gate()
+        upstream.script("slow", Answer(text="one two", gate=gate))
+        body = CALL | {"model": "up/slow", "stream": True}
+        with gateway.stream("POST", "/v1/chat/completions", json_body=body) as stream:
+            lines = stream.lines()
+            assert next(lines)
+            write_upstream(home, upstream, name="renamed")
+            gateway.process.send_signal(signal.SIGHUP)
+            moved = CALL | {"model": "renamed/m"}
+            wait_for(
+                lambda: {gateway.post("/v1/chat/completions", moved).status for _ in range(6)} == {200},
+                what="every worker serves what the file says now",
+            )
+            gate.open()
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+
+
+def test_tls_and_its_certificate_can_be_replaced(home: Path) -> None:
+    (home / "next").mkdir()
+    authority, _ = certificate(home)
+    replacement, _ = certificate(home / "next")
+    env = ENV | {"GATEWAY_TLS_CERT": str(authority), "GATEWAY_TLS_KEY": str(home / "key.pem")}
+
+    def get(trusted: Path) -> int:
+        context = ssl.create_default_context(cafile=str(trusted))
+        connection = http.client.HTTPSConnection("127.0.0.1", gateway.port, timeout=10, context=context)
+        try:
+            connection.request("GET", "/health")
+            answer = connection.getresponse()
+            assert answer.getheader("strict-transport-security", "").startswith("max-age=")
+            return answer.status
+        finally:
+            connection.close()
+
+    with running_gateway(home, env=env, key=KEY, command=serve(2), ready=None) as gateway:
+        serving(gateway, 2)
+        saved = authority.read_bytes()
+        assert get(authority) == 200
+        shutil.copy(home / "next" / "key.pem", home / "key.pem")
+        authority.write_bytes(replacement.read_bytes())
+        gateway.process.send_signal(signal.SIGHUP)
+
+        def is_replaced() -> bool:
+            try:
+                return all(get(replacement) == 200 for _ in range(6))
+            except ssl.SSLError:
+                return False
+
+        wait_for(is_replaced, what="new connections are shown the new certificate")
+        assert saved != authority.read_bytes()
+
+
+def test_what_cannot_start_says_why_once_and_ends(home: Path) -> None:
+    (home / "upstreams.yaml").write_text("version: 1\nupstreams: 3\n", encoding="utf-8")
+    starting = running_gateway(home, env=ENV, key=KEY, command=serve(2), timeout_s=30)
+    with pytest.raises(StartFailed, match=r"exit code 1"), starting:
+        raise AssertionError("it started")
+    text = (home / "gateway.log").read_text(encoding="utf-8")
+    assert text.count("gateway: upstreams.yaml:2") == 1
+    assert "Traceback" not in text
+
+
+def test_a_supervisor_that_is_killed_takes_its_workers_along(home: Path) -> None:
+    with running_gateway(home, env=ENV, key=KEY, command=serve(2)) as gateway:
+        pids = serving(gateway, 2).values()
+        gateway.process.kill()
+        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), timeout_s=10, what="nobody is left")
