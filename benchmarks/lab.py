@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import http.client
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,12 @@ from tests.support.waiting import wait_for  # noqa: E402
 BUILD = ROOT / "build" / "bench"
 TICKS = os.sysconf("SC_CLK_TCK")
 _CORES = sorted(os.sched_getaffinity(0))
-MEASURED, REST = {_CORES[0]}, {_CORES[-1]}
+ALL, MEASURED, REST = set(_CORES), {_CORES[0]}, {_CORES[-1]}
+
+KEY = "sk-bench"
+PROTOCOL = "api.protocol:GatewayProtocol"
+"""The class that `gateway serve` speaks HTTP with, as `uvicorn --http` takes it."""
+COMMAND = ("-m", "gateway_cli", "serve", "--host", "127.0.0.1", "--port")
 
 AGENT = """\
 from agents import Agent, function_tool
@@ -53,24 +61,45 @@ def build(name: str) -> Path:
 def mock() -> Iterator[int]:
     """Run the mock upstream; yield its port."""
     port = free_port()
-    process = subprocess.Popen([build("mock"), str(port)], stderr=subprocess.DEVNULL)
-    os.sched_setaffinity(process.pid, REST)
+    upstream = subprocess.Popen([build("mock"), str(port)], stderr=subprocess.DEVNULL, preexec_fn=_to_the_rest)
     try:
-        wait_for(lambda: _accepts(port), what="the mock upstream listens")
+        wait_for(lambda: accepts(port), what="the mock upstream listens")
         yield port
     finally:
-        process.kill()
-        process.wait()
+        upstream.kill()
+        upstream.wait()
 
 
 def load(
-    port: int, path: str, *, connections: int, requests: int, body: Any = None, warm_up: int = 0
+    port: int,
+    path: str = "/v1/chat/completions",
+    *,
+    connections: int,
+    requests: int,
+    body: Any = None,
+    key: str = KEY,
+    headers: Iterable[str] = (),
+    rotate: int = 0,
+    chunks: int | None = None,
 ) -> dict[str, Any]:
-    """Run the load generator to its end; return its figures (times in µs). Raises on any failed answer."""
-    command = [str(build("load")), "-p", str(port), "-u", path, "-c", str(connections), "-n", str(requests)]
-    command += ["-w", str(warm_up), "-k", "dev-secret"]
-    command += ["-g"] if body is None else ["-b", json.dumps(body)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, preexec_fn=_to_the_rest)
+    """Run the load generator to its end; return its figures (times in µs). Raises on any failed answer.
+
+    Without a ``body`` it asks with GET. ``rotate`` puts the number of the request, modulo this, in place of ``%d`` in
+    key and body. ``chunks`` is how many a stream must have.
+    """
+    command = [str(build("load")), "-p", str(port), "-u", path, "-c", str(connections), "-n", str(requests), "-k", key]
+    command += [part for header in headers for part in ("-H", header)]
+    if rotate:
+        command += ["-M", str(rotate)]
+    if chunks is not None:
+        command += ["-x", str(chunks)]
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:  # a prompt may be longer than an argument
+        json.dump(body, file)
+        file.flush()
+        command += ["-g"] if body is None else ["-f", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=_to_the_rest)
+    if not done.stdout:
+        raise RuntimeError(f"the load generator ended with {done.returncode}: {done.stderr.strip()}")
     figures: dict[str, Any] = json.loads(done.stdout)
     if figures["errors"]:
         raise RuntimeError(f"{figures['errors']} of {requests} answers failed: {figures['last_error']}")
@@ -81,30 +110,86 @@ def load(
 def gateway(
     mock_port: int | None, files: Mapping[str, str], *, pinned: bool = True, **options: Any
 ) -> Iterator[Gateway]:
-    """Run a gateway with drop-ins (relative path → text), pinned to the measured core unless told otherwise."""
+    """Run a gateway with drop-ins (path below the agents folder → text), pinned to the measured core unless told
+    otherwise. A path that starts with ``/`` is below the folder of configuration.
+
+    Every duty is on: the key is one of `security.yaml`, with patterns and a limit; metrics and logs are written.
+    """
     with tempfile.TemporaryDirectory(prefix="gateway-bench-") as folder:
         home = Path(folder)
+        config = {"security.yaml": security([KEY])}
         if mock_port is not None:
-            upstream = {
-                "name": "mock",
-                "base_url": f"http://127.0.0.1:{mock_port}/v1",
-                "models": ["mock", "mock-*"],
-                "default_model": "mock-t16",
-            }
-            (home / "upstreams.yaml").write_text(json.dumps({"version": 1, "upstreams": [upstream]}), encoding="utf-8")
-        for name, text in files.items():
-            path = home / "agents" / name
+            config["upstreams.yaml"] = upstreams(mock_port, ["mock", "mock-*"])
+        config |= {name[1:]: text for name, text in files.items() if name.startswith("/")}
+        dropins = {f"agents/{name}": text for name, text in files.items() if not name.startswith("/")}
+        for name, text in (config | dropins).items():
+            path = home / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
-        before = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, MEASURED if pinned else before)
-        try:
-            started = running_gateway(home, key="dev-secret", **options)
-            with started as server:
-                os.sched_setaffinity(0, before)
-                yield server
-        finally:
-            os.sched_setaffinity(0, before)
+        options.setdefault("command", COMMAND)
+        with on_cores(MEASURED if pinned else None), running_gateway(home, key=KEY, **options) as server:
+            os.sched_setaffinity(0, ALL)
+            yield server
+
+
+def security(keys: Sequence[str]) -> str:
+    """A `security.yaml` (JSON is YAML) whose keys reach everything by the last of twenty patterns, within a limit."""
+    patterns = [*(f"team-{number}/*" for number in range(18)), "default/*", "mock/*"]
+    rows = [
+        {
+            "id": f"key-{index}",
+            "hashed_key": hashlib.sha256(key.encode()).hexdigest(),
+            "allow_agents": patterns,
+            "scopes": ["chat", "admin", "metrics"] if index == 0 else ["chat"],
+            "limits": {"requests_per_minute": 100_000_000},
+        }
+        for index, key in enumerate(keys)
+    ]
+    return json.dumps({"version": 1, "api_keys": rows})
+
+
+def upstreams(mock_port: int, models: Sequence[str]) -> str:
+    """An `upstreams.yaml` with the mock as ``mock``."""
+    row = {
+        "name": "mock",
+        "base_url": f"http://127.0.0.1:{mock_port}/v1",
+        "models": list(models),
+        "default_model": "mock-t16",
+    }
+    return json.dumps({"version": 1, "upstreams": [row]})
+
+
+@contextmanager
+def on_cores(cores: set[int] | None) -> Iterator[None]:
+    """Start processes on these cores; this one is free again at the end."""
+    if cores is not None:
+        os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, ALL)
+
+
+@contextmanager
+def process(command: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: str | None = None) -> Iterator[int]:
+    """Run a server of somebody else's on the measured core; yield its process id. It and its children are killed."""
+    with on_cores(MEASURED):
+        started = subprocess.Popen(
+            command,
+            env=None if env is None else dict(env),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    try:
+        yield started.pid
+    finally:
+        family = descendants(started.pid)
+        for pid in (started.pid, *family):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        started.wait()
 
 
 def weather_agents(count: int, model: str = "mock-t16") -> dict[str, str]:
@@ -152,11 +237,29 @@ def import_of_the_sdk_s() -> float:
     return time.perf_counter() - started
 
 
+def rss_mb(pid: int) -> float:
+    """Resident memory of one process; 0 when it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:")), 0.0)
+
+
+def answers(ask: Callable[[], bool]) -> bool:
+    """Whether a server answers as ``ask`` wants, a refused connection being a no."""
+    try:
+        return ask()
+    except (OSError, http.client.HTTPException):
+        return False
+
+
 def _to_the_rest() -> None:
     os.sched_setaffinity(0, REST)
 
 
-def _accepts(port: int) -> bool:
+def accepts(port: int) -> bool:
+    """Whether somebody listens."""
     try:
         with socket.create_connection(("127.0.0.1", port), 1):
             return True

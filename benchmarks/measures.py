@@ -1,83 +1,18 @@
-"""The measures; each returns figures and the lines of the summary."""
+"""Every measure by its name, and those of a process's life: start, reloads, memory. Each returns its figures."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lab
+from agent_call import agent_call
+from crowds import growth, idle_streams, scrape
 from pass_through import pass_through
 
 Figures = dict[str, Any]
-
-
-def agent_call(quick: bool) -> Figures:
-    """One agent call over HTTP ÷ the same run in process."""
-    calls, rounds = (200, 1) if quick else (600, 5)
-    cases = {
-        "one turn": ("mock-t16", False),
-        "two turns": ("mock-tool-t16", False),
-        "streamed, 200 chunks": ("mock-t200", True),
-    }
-    figures: Figures = {}
-    for name, (model, streamed) in cases.items():
-        count = calls // 5 if streamed else calls
-        text = lab.AGENT.replace("MODEL", model)
-        with (
-            lab.mock() as upstream,
-            tempfile.TemporaryDirectory() as folder,
-            lab.gateway(upstream, {"Bench/agent.py": text}) as server,
-        ):
-            file = Path(folder) / "agent.py"
-            file.write_text(text, encoding="utf-8")
-            for connections in (1, 16):
-                stock, http = [], []
-                for _ in range(rounds):
-                    stock.append(_stock(upstream, file, connections, count, streamed))
-                    http.append(_http(server, connections, count, streamed))
-                row = {
-                    side: {key: lab.median([r[key] for r in results]) for key in ("cpu_ms", "p50_us")}
-                    for side, results in (("stock", stock), ("http", http))
-                }
-                row["ratio"] = {key: row["http"][key] / row["stock"][key] for key in ("cpu_ms", "p50_us")}
-                figures[f"{name}, {connections} at once"] = row
-    return figures
-
-
-def _stock(upstream: int, file: Path, connections: int, calls: int, streamed: bool) -> Figures:
-    script = Path(__file__).with_name("in_process.py")
-    url = f"http://127.0.0.1:{upstream}/v1"
-    arguments = [url, str(file), str(connections), str(calls), str(calls // 5), "streamed" if streamed else "plain"]
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=file.parent,
-        env={"PATH": os.environ.get("PATH", ""), "OPENAI_AGENTS_DISABLE_TRACING": "1"},
-        preexec_fn=lambda: os.sched_setaffinity(0, lab.MEASURED),
-    )
-    result: Figures = json.loads(done.stdout)
-    return result
-
-
-def _http(server: lab.Gateway, connections: int, calls: int, streamed: bool) -> Figures:
-    body = lab.chat("default/bench", stream=streamed)
-    lab.load(
-        server.port, "/v1/chat/completions", connections=connections, requests=max(calls // 5, connections), body=body
-    )
-    before = lab.cpu_s(server.process.pid)
-    result = lab.load(server.port, "/v1/chat/completions", connections=connections, requests=calls, body=body)
-    used = lab.cpu_s(server.process.pid) - before
-    return {"cpu_ms": used * 1000 / calls, "p50_us": result["lat"]["p50"]}
 
 
 def startup(quick: bool) -> Figures:
@@ -131,7 +66,7 @@ def listing(quick: bool) -> Figures:
             lambda: len(server.model_ids()) >= good, timeout_s=300, every_s=0.1, what="every good agent is listed"
         )
         loaded_s = time.perf_counter() - started
-        result = lab.load(server.port, "/v1/models", connections=1, requests=300 if quick else 3000, warm_up=50)
+        result = lab.load(server.port, "/v1/models", connections=1, requests=300 if quick else 3000)
     return {
         "agents": good,
         "loaded_s": loaded_s,
@@ -181,7 +116,7 @@ def memory(quick: bool) -> Figures:
         with lab.gateway(upstream, lab.weather_agents(20)) as server:
             _serve(server, "default/agent0", 500)
             with_agents = server.rss_mb()
-            children = {pid: _rss_mb(pid) for pid in lab.descendants(server.process.pid)}
+            children = {pid: lab.rss_mb(pid) for pid in lab.descendants(server.process.pid)}
             _serve(server, "default/agent0", calls // 2)
             _serve(server, "mock/mock", calls // 2)
             grown = server.rss_mb() - with_agents
@@ -195,15 +130,7 @@ def memory(quick: bool) -> Figures:
 
 
 def _serve(server: lab.Gateway, model: str, calls: int) -> None:
-    lab.load(server.port, "/v1/chat/completions", connections=16, requests=calls, body=lab.chat(model))
-
-
-def _rss_mb(pid: int) -> float:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0.0
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:")), 0.0)
+    lab.load(server.port, connections=16, requests=calls, body=lab.chat(model))
 
 
 def save_to_served(quick: bool) -> Figures:
@@ -241,11 +168,14 @@ def _display_name(server: lab.Gateway, name: str) -> str:
 
 
 MEASURES: dict[str, Callable[[bool], Figures]] = {
-    "agent_call": agent_call,
     "pass_through": pass_through,
+    "agent_call": agent_call,
+    "growth": growth,
     "startup": startup,
+    "memory": memory,
+    "scrape": scrape,
+    "idle_streams": idle_streams,
     "listing": listing,
     "reloads": reloads,
-    "memory": memory,
     "save_to_served": save_to_served,
 }

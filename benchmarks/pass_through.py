@@ -1,46 +1,17 @@
-"""What a relayed call, a streamed chunk and a long prompt cost, against nginx and against no gateway at all."""
+"""What a relayed call, a streamed chunk and a long prompt cost, against nginx, other gateways, and no gateway."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import lab
+from sides import Side, every_side
 
 CHUNKS = 200
-
-NGINX = """\
-daemon off; master_process off; pid {folder}/pid; error_log /dev/null;
-events {{ worker_connections 4096; }}
-http {{
-  access_log off; client_max_body_size 1m; client_body_temp_path {folder}; client_body_buffer_size 1m;
-  proxy_temp_path {folder}; fastcgi_temp_path {folder}; uwsgi_temp_path {folder}; scgi_temp_path {folder};
-  upstream mock {{ server 127.0.0.1:{mock}; keepalive 64; }}
-  server {{
-    listen 127.0.0.1:{port};
-    location / {{
-      proxy_pass http://mock; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off;
-    }}
-  }}
-}}
-"""
-
-
-@dataclass(frozen=True)
-class Side:
-    """Where calls go: ``prefix`` comes before a model's name, ``pid`` None means that its CPU is not read."""
-
-    name: str
-    port: int
-    prefix: str = ""
-    pid: int | None = None
+LONGEST_S = 180
+"""No further round is begun after this, however slow the machine."""
 
 
 @dataclass(frozen=True)
@@ -54,103 +25,101 @@ class Case:
     prompt: str = "What is the weather in Paris?"
 
 
+CASES = {
+    "one": Case("mock", 1, 2_000),
+    "call": Case("mock", 16, 6_000),
+    "many": Case("mock", 64, 6_400),
+    "chunk": Case(f"mock-t{CHUNKS}-d5", 16, 48, CHUNKS + 1),
+    "long": Case("mock", 4, 400, prompt="word " * 84_000),
+}
+
+
 def pass_through(quick: bool) -> dict[str, Any]:
-    """Ratios to nginx in the same run, with the targets of `performance.md` beside them."""
-    scale, rounds = (3, 1) if quick else (1, 5)
-    cases = {
-        "one": Case("mock", 1, 2_000 // scale),
-        "call": Case("mock", 16, 6_000 // scale),
-        "many": Case("mock", 64, 6_400 // scale),
-        "chunk": Case(f"mock-t{CHUNKS}-d5", 16, 48 // scale, CHUNKS + 1),
-        "long": Case("mock", 4, 300 // scale, prompt="word " * 84_000),
-    }
-    found: dict[tuple[str, str], list[dict[str, float]]] = {}
-    with ExitStack() as stack:
-        mock = stack.enter_context(lab.mock())
-        server = stack.enter_context(lab.gateway(mock, {}))
-        sides = [Side("direct", mock), Side("gateway", server.port, "mock/", server.process.pid)]
-        if shutil.which("nginx"):
-            sides.append(stack.enter_context(_nginx(mock)))
-        for _ in range(rounds):
-            for name, case in cases.items():
+    """Every side in turn, round by round; medians over the rounds."""
+    scale, rounds = (0.25, 1) if quick else (1.0, 5)
+    found: dict[str, dict[str, list[dict[str, float]]]] = {}
+    with lab.mock() as mock, every_side(mock) as sides:
+        for side in sides:
+            with side.turn():
+                for case in CASES.values():
+                    _measured(side, case, 0.1)  # imports on demand, connections, just-in-time compilers
+        started = time.monotonic()
+        done = 0
+        while done < rounds and (not done or time.monotonic() - started < LONGEST_S):
+            done += 1
+            for name, case in CASES.items():
                 for side in sides:
-                    found.setdefault((side.name, name), []).append(_measured(side, case))
-
-    def figure(side: str, case: str, key: str) -> float:
-        return lab.median([row[key] for row in found[side, case]])
-
-    figures: dict[str, Any] = {
-        "CPU per call, 16 at once, µs": figure("gateway", "call", "cpu_us"),
-        "CPU per streamed chunk, µs": figure("gateway", "chunk", "cpu_us"),
-        "CPU per call with a 420 kB prompt, µs (at most 800)": figure("gateway", "long", "cpu_us"),
-        "calls/s, 64 at once": figure("gateway", "many", "per_s"),
-        "added p50, 1 at once, µs": figure("gateway", "one", "p50") - figure("direct", "one", "p50"),
-        "p99, 1 at once, µs (at most 500)": figure("gateway", "one", "p99"),
-        "added time to first token, 16 streams, µs (at most 600)": figure("gateway", "chunk", "ttft")
-        - figure("direct", "chunk", "ttft"),
-        "added delay per chunk, p50, µs (at most 100)": figure("gateway", "chunk", "delay_p50")
-        - figure("direct", "chunk", "delay_p50"),
-        "added delay per chunk, p99, µs (at most 500)": figure("gateway", "chunk", "delay_p99")
-        - figure("direct", "chunk", "delay_p99"),
+                    with side.turn():
+                        found.setdefault(side.name, {}).setdefault(name, []).append(_measured(side, case, scale))
+        rss = {side.name: lab.rss_mb(side.pid) for side in sides if side.pid is not None}
+    middle = {
+        side: {
+            f"{case}.{key}": lab.median([row[key] for row in rows]) for case, rows in cases.items() for key in rows[0]
+        }
+        for side, cases in found.items()
     }
-    if len(sides) == 3:
+    figures = {side.name: _figures(side, middle[side.name], middle["direct"]) for side in sides}
+    for name, megabytes in rss.items():
+        figures[name]["RSS, MB"] = megabytes
+    return {"sides": figures} | _ratios(figures) | {"rounds": done}
+
+
+def _figures(side: Side, own: dict[str, float], direct: dict[str, float]) -> dict[str, float]:
+    figures = {"requests/s, 64 at once": own["many.per_s"], "p99, 1 at once, µs": own["one.p99"]}
+    if side.pid is not None:
         figures |= {
-            "CPU per call ÷ nginx (at most 6)": figure("gateway", "call", "cpu_us") / figure("nginx", "call", "cpu_us"),
-            "CPU per chunk ÷ nginx (at most 2.7)": figure("gateway", "chunk", "cpu_us")
-            / figure("nginx", "chunk", "cpu_us"),
-            "added p50 ÷ nginx (at most 2)": figures["added p50, 1 at once, µs"]
-            / (figure("nginx", "one", "p50") - figure("direct", "one", "p50")),
+            "CPU per call, 16 at once, µs": own["call.cpu_us"],
+            "CPU per streamed chunk, µs": own["chunk.cpu_us"],
+            "CPU, 420 kB prompt, µs": own["long.cpu_us"],
+            "added p50, 1 at once, µs": own["one.p50"] - direct["one.p50"],
+            "added first token, 16 streams, µs": own["chunk.ttft"] - direct["chunk.ttft"],
+            "added delay per chunk, p50, µs": own["chunk.delay_p50"] - direct["chunk.delay_p50"],
+            "added delay per chunk, p99, µs": own["chunk.delay_p99"] - direct["chunk.delay_p99"],
+            "first answer after start, s": side.first_answer_s,
         }
     return figures
 
 
-def _measured(side: Side, case: Case) -> dict[str, float]:
+def _ratios(figures: dict[str, dict[str, float]]) -> dict[str, Any]:
+    ours, ratios = figures["gateway"], {}
+    call, chunk, p50, rps = (
+        "CPU per call, 16 at once, µs",
+        "CPU per streamed chunk, µs",
+        "added p50, 1 at once, µs",
+        "requests/s, 64 at once",
+    )
+    if "nginx" in figures:
+        ratios |= {f"{key} ÷ nginx": ours[key] / figures["nginx"][key] for key in (call, chunk, p50)}
+    for peer in ("litellm", "portkey"):
+        if peer in figures:
+            ratios[f"CPU per call: {peer} ÷ ours"] = figures[peer][call] / ours[call]
+            ratios[f"requests/s: ours ÷ {peer}"] = ours[rps] / figures[peer][rps]
+    return ratios
+
+
+def _measured(side: Side, case: Case, scale: float) -> dict[str, float]:
+    calls = max(case.connections, round(case.calls * side.pace * scale))
+    if case.units > 1:
+        calls = max(case.connections, round(case.calls * min(side.pace, 1) * scale))
     body = lab.chat(side.prefix + case.model, stream=case.units > 1)
     body["messages"][0]["content"] = case.prompt
     before = lab.cpu_s(side.pid) if side.pid is not None else 0.0
-    result = _load(side.port, case, body)
+    result = lab.load(
+        side.port,
+        connections=case.connections,
+        requests=calls,
+        body=body,
+        headers=side.headers,
+        chunks=CHUNKS if case.units > 1 else None,
+    )
     used = lab.cpu_s(side.pid) - before if side.pid is not None else 0.0
-    return {
-        "cpu_us": used * 1e6 / (case.calls * case.units),
+    row = {
+        "cpu_us": used * 1e6 / (calls * case.units),
         "per_s": result["rps"],
         "p50": result["lat"]["p50"],
         "p99": result["lat"]["p99"],
-    } | (_of_stream(result) if case.units > 1 else {})
-
-
-def _of_stream(result: dict[str, Any]) -> dict[str, float]:
-    return {
-        "ttft": result["ttft"]["p50"],
-        "delay_p50": result["down_leg"]["p50"],
-        "delay_p99": result["down_leg"]["p99"],
     }
-
-
-def _load(port: int, case: Case, body: dict[str, Any]) -> dict[str, Any]:
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:  # longer than an argument may be
-        json.dump(body, file)
-        file.flush()
-        command = [str(lab.build("load")), "-p", str(port), "-u", "/v1/chat/completions", "-k", "dev-secret"]
-        command += ["-c", str(case.connections), "-n", str(case.calls), "-f", file.name]
-        cores = ",".join(map(str, lab.REST))
-        done = subprocess.run(["taskset", "-c", cores, *command], check=True, capture_output=True, text=True)
-    result: dict[str, Any] = json.loads(done.stdout)
-    if result["errors"]:
-        raise RuntimeError(f"{result['errors']} of {case.calls} answers failed: {result['last_error']}")
-    return result
-
-
-@contextmanager
-def _nginx(mock: int) -> Iterator[Side]:
-    with tempfile.TemporaryDirectory(prefix="nginx-bench-") as folder:
-        port = lab.free_port()
-        config = Path(folder) / "nginx.conf"
-        config.write_text(NGINX.format(folder=folder, mock=mock, port=port), encoding="utf-8")
-        cores = ",".join(map(str, lab.MEASURED))
-        process = subprocess.Popen(["taskset", "-c", cores, "nginx", "-c", str(config)], stderr=subprocess.DEVNULL)
-        try:
-            lab.wait_for(lambda: lab._accepts(port), what="nginx listens")
-            yield Side("nginx", port, "", process.pid)
-        finally:
-            process.terminate()
-            process.wait()
+    if case.units > 1:
+        leg = result["down_leg"]
+        row |= {"ttft": result["ttft"]["p50"], "delay_p50": leg["p50"], "delay_p99": leg["p99"]}
+    return row
