@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import logging
 import time
 from contextlib import AbstractContextManager, ExitStack
@@ -17,9 +16,11 @@ from gateway.observability.logs import log_event
 from gateway.registry.loading import Declaration, DropIn, LoadedGeneration, LoadFailed
 from gateway.registry.policy import ModulePolicy
 from gateway.registry.requirements import check_requirements
+from sdk_adapter.containment import exits_contained
 from sdk_adapter.diagnosis import diagnose, label
-from sdk_adapter.modules import DropInFinder, SourceChanged, collect_garbage, freeze_garbage
+from sdk_adapter.modules import DropInFinder, SourceChanged, collect_garbage
 from sdk_adapter.preflight import CheckReport, Preflight, PreflightUnavailable
+from sdk_adapter.quick_import import quick_import
 from sdk_adapter.services import AdapterServices
 from sdk_adapter.threads import run_in_thread
 
@@ -66,6 +67,7 @@ class SdkLoader:
 
     async def __aenter__(self) -> Self:
         self._stack.enter_context(self._finder.installed())
+        self._stack.enter_context(exits_contained())
         await self._preflight.__aenter__()
         return self
 
@@ -158,10 +160,9 @@ class SdkLoader:
         """Import what needs the SDK, in a thread: it takes more than a second, and is not needed without agents."""
         started = time.perf_counter()
         await self._preflight.start()
-        importing = partial(importlib.import_module, "sdk_adapter.publishing")
+        importing = partial(quick_import, "sdk_adapter.publishing")
         publishing = cast("_Publishing", await run_in_thread(importing, name="import of the Agents SDK"))
         self._stack.enter_context(publishing.install(self._services))
-        freeze_garbage()
         log_event(_LOG, "agent.sdk.imported", ms=round((time.perf_counter() - started) * 1000))
         return publishing
 

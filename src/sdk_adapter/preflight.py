@@ -26,7 +26,7 @@ from gateway.registry.loading import DropIn
 from gateway.registry.policy import ModulePolicy
 
 _LOG = logging.getLogger(__name__)
-_SERVER = "sdk_adapter.preflight_server"
+_SERVER = "sdk_adapter.preflight_process"
 _IDLE_S = 60.0
 _FAST_S = 1.0
 _MAX_SLOW = 32

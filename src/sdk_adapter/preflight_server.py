@@ -1,15 +1,14 @@
 """The pre-flight's server: one single-threaded process that has the SDK loaded and forks a child for every check.
 
-Started as ``python -m sdk_adapter.preflight_server FD`` with one end of a socket pair; speaks one JSON object per line.
-It ends when the other end closes, and takes its children with it. With ``-`` instead of a descriptor it makes one check
-from stdin to stdout: for systems without fork.
+Started by `sdk_adapter.preflight_process` with one end of a socket pair; speaks one JSON object per line. It ends when
+the other end closes, and takes its children with it. With ``-`` instead of a descriptor it makes one check from stdin
+to stdout: for systems without fork.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
-import gc
 import os
 import selectors
 import signal
@@ -29,7 +28,7 @@ from gateway.registry.entry import Diagnostic
 from gateway.registry.loading import DropIn, LoadFailed
 from sdk_adapter.building import build, timed_out
 from sdk_adapter.diagnosis import diagnose
-from sdk_adapter.modules import DropInFinder, SourceChanged, freeze_garbage
+from sdk_adapter.modules import DropInFinder, SourceChanged
 from sdk_adapter.preflight import CheckReport, CheckRequest, decode_request, encode
 from sdk_adapter.stopping import StoppingRunner
 
@@ -52,8 +51,6 @@ def main(arguments: list[str]) -> None:
         _check_once()
         return
     with socket.socket(fileno=int(arguments[0])) as connection:
-        freeze_garbage()
-        gc.enable()
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         _Server(connection).serve()
 
@@ -394,8 +391,3 @@ def _prctl(option: int, value: int) -> None:
     """Set a Linux process attribute; elsewhere nothing happens."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
-
-
-if __name__ == "__main__":
-    gc.disable()
-    main(sys.argv[1:])
