@@ -75,6 +75,8 @@ class DaemonThreadPool(ThreadPoolExecutor):
             if future.set_running_or_notify_cancel():
                 try:
                     result = call()
+                except StopIteration as error:  # a future of asyncio refuses it, and whoever waits would wait for ever
+                    future.set_exception(_as_runtime_error(error))
                 except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits for the future
                     future.set_exception(error)
                 else:
@@ -84,3 +86,10 @@ class DaemonThreadPool(ThreadPoolExecutor):
             del job, future, call
             self._free.release()
         self._jobs.put(None)
+
+
+def _as_runtime_error(error: StopIteration) -> RuntimeError:
+    """Return what Python makes of a `StopIteration` that leaves a coroutine."""
+    raised = RuntimeError("function raised StopIteration")
+    raised.__cause__ = error
+    return raised

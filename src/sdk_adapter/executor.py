@@ -33,6 +33,7 @@ from gateway.run import Run
 from gateway.usage.prices import PICO
 from sdk_adapter.client_tools import ClientTool, TurnMemory, client_tools_of, fitting_tools
 from sdk_adapter.cloning import RunClones, with_model
+from sdk_adapter.containment import is_stopped, raise_if_cancelled
 from sdk_adapter.context import GatewayContext
 from sdk_adapter.failures import EarlyEnd, as_gateway_error, early_end, root_cause
 from sdk_adapter.gateway_tools import bound_tools, require_tools
@@ -314,7 +315,9 @@ class _Answer:
                             yield served_by.decision
                     yield event
             log_event(_log, f"{name}.success", duration_ms=_since(started), **self._log_fields())
-        except Exception as error:
+        except BaseException as error:
+            if is_stopped(error):
+                raise
             shown = as_gateway_error(error, self.run.model)
             self._log_failure(f"{name}.failure", error, shown, _since(started))
             if shown is error:
@@ -356,6 +359,7 @@ class _Answer:
                     raise
             if result.run_loop_exception is not None:
                 raise result.run_loop_exception
+            raise_if_cancelled(result.run_loop_task)  # the SDK's stream just ends
         except Exception as error:
             end = early_end(error)
             if end is None:
@@ -412,7 +416,7 @@ class _Answer:
     def _log_fields(self) -> dict[str, Any]:
         return {"run_id": self.run.id.hex, "agent_id": self.run.model}
 
-    def _log_failure(self, event: str, error: Exception, shown: GatewayError, duration_ms: float) -> None:
+    def _log_failure(self, event: str, error: BaseException, shown: GatewayError, duration_ms: float) -> None:
         usage = self.level.scope.usage
         own = shown is error
         if usage.requests:

@@ -79,7 +79,7 @@ def early_end(error: BaseException) -> EarlyEnd | None:
     return None
 
 
-def as_gateway_error(error: Exception, agent_id: str) -> GatewayError:
+def as_gateway_error(error: BaseException, agent_id: str) -> GatewayError:
     """Return the error to show for an exception of the SDK, an openai client, or the author's code."""
     for cause in _chain(error):
         if isinstance(cause, GatewayError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -142,6 +142,11 @@ def count_tool_call() -> None:
     level = current_level()
     if level is not None:
         level.scope.budget.count_tool_call()
+
+
+def belongs_to_a_run(context: Context | None = None) -> bool:
+    """Return whether code in ``context``, by default the current one, was started by a run, ended or not."""
+    return (_CURRENT.get() if context is None else context.get(_CURRENT)) is not None
 
 
 @contextmanager

@@ -75,8 +75,10 @@ def build_app(table: RouteTable) -> FastAPI:
 
 async def _explain(request: Request, error: Exception) -> Response:
     """Answer with the error object of every other surface, and count it the same way."""
-    shown = public(_translate(error))
-    cast("Gateway", request.state.gateway).metrics.error(shown.domain, shown.code or shown.type)
+    translated = _translate(error)
+    shown = public(translated)
+    if isinstance(translated, GatewayError):  # what nobody foresaw is raised again, and counted by the dispatcher
+        cast("Gateway", request.state.gateway).metrics.error(shown.domain, shown.code or shown.type)
     answer = error_response(shown)
     response = Response(answer.body, answer.status, media_type="application/json")
     response.raw_headers.extend(answer.headers)

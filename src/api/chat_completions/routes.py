@@ -109,7 +109,9 @@ async def _stream(request: Request, run: Run, executor: Executor, connection: Co
             raise
         if not isinstance(error, GatewayError):
             log_event(_log, "http.request.crashed", level=logging.ERROR, exc_info=error)
-        await stream.write(encode_error(public(error)), more=False)
+        shown = public(error)
+        request.gateway.metrics.error(shown.domain, shown.code or shown.type)
+        await stream.write(encode_error(shown), more=False)
     finally:
         stream.close()
 
