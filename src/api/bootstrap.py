@@ -117,7 +117,7 @@ async def open_gateway(
     reach this very process on the loopback address; by default the gateway's port. Raises `ConfigError` when the
     configuration cannot be served at all; a broken drop-in is never a reason.
     """
-    configure_logging(settings.log_level, exception_text=settings.log_exception_text)
+    log = configure_logging(settings.log_level, exception_text=settings.log_exception_text)
     workers = workers or Workers()
     drop_in_key = f"drop-in-{secrets.token_urlsafe(24)}"
     roots = find_roots(settings)
@@ -126,6 +126,7 @@ async def open_gateway(
     metrics = Metrics()
     asyncio.get_running_loop().set_default_executor(DaemonThreadPool())  # the loop closes it when it is closed
     async with AsyncExitStack() as stack:
+        stack.callback(log.flush)
         store = await stack.enter_async_context(Store(database_url(settings), STORE_MODULES))
         keys = KeyBook(store, settings.key_pepper)
         issuers = await stack.enter_async_context(open_issuers(settings))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ class RouteTimes(msgspec.Struct):
     ``waits``: its time is that of a model, so that it is judged by its errors alone.
     """
 
+    waits: bool = False
     count: int = 0
     errors: int = 0
     total_ms: float = 0.0
@@ -28,44 +28,56 @@ class RouteTimes(msgspec.Struct):
     last_at: float = 0.0
     statuses: dict[str, int] = {}
     recent_ms: list[float] = []
-    waits: bool = False
+
+    def add(self, status: int, milliseconds: list[float]) -> None:
+        """Add answers of one status; a client that left before one has status 0, shown as 499."""
+        least = min(milliseconds)
+        self.min_ms = min(self.min_ms, least) if self.count else least
+        self.max_ms = max(self.max_ms, *milliseconds)
+        self.count += len(milliseconds)
+        self.total_ms += sum(milliseconds)
+        self.last_at = time.time()
+        shown = str(status or 499)
+        self.statuses[shown] = self.statuses.get(shown, 0) + len(milliseconds)
+        if status >= 500:
+            self.errors += len(milliseconds)
+        self.recent_ms = [*self.recent_ms, *milliseconds][-_RECENT:]
 
 
 class EndpointStats:
-    """Counts the answers of one process; past 500 routes a new one is not counted."""
+    """Counts the answers of one process; past 500 routes a new one is not counted.
+
+    An answer is only kept, and counted when enough wait or somebody asks.
+    """
 
     def __init__(self) -> None:
         self._routes: dict[str, RouteTimes] = {}
-        self._recent: dict[str, deque[float]] = {}
+        self._waiting: dict[tuple[str, int], list[float]] = {}
 
-    def record(self, route: str, status: int, seconds: float, *, waits: bool = False) -> None:
-        """Count one answer; a client that left before one has status 0, shown as 499."""
-        times = self._routes.get(route)
-        if times is None:
-            if len(self._routes) >= _MOST_ROUTES:
-                return
-            times = self._routes[route] = RouteTimes(min_ms=seconds * 1000, waits=waits)
-            self._recent[route] = deque(maxlen=_RECENT)
-        milliseconds = seconds * 1000
-        times.count += 1
-        times.total_ms += milliseconds
-        if milliseconds < times.min_ms:
-            times.min_ms = milliseconds
-        elif milliseconds > times.max_ms:
-            times.max_ms = milliseconds
-        times.last_at = time.time()
-        shown = str(status or 499)
-        times.statuses[shown] = times.statuses.get(shown, 0) + 1
-        if status >= 500:
-            times.errors += 1
-        self._recent[route].append(milliseconds)
+    def record(self, route: str, status: int, milliseconds: float, *, waits: bool = False) -> None:
+        """Note one answer; a client that left before one has status 0."""
+        waiting = self._waiting.get((route, status))
+        if waiting is None:
+            if route not in self._routes:
+                if len(self._routes) >= _MOST_ROUTES:
+                    return
+                self._routes[route] = RouteTimes(waits)
+            waiting = self._waiting[route, status] = []
+        waiting.append(milliseconds)
+        if len(waiting) >= _RECENT:
+            self._count()
 
     def export(self) -> dict[str, Any]:
         """Return the numbers as plain data."""
-        for route, times in self._routes.items():
-            times.recent_ms = list(self._recent[route])
+        self._count()
         exported: dict[str, Any] = msgspec.to_builtins(self._routes)
         return exported
+
+    def _count(self) -> None:
+        for (route, status), waiting in self._waiting.items():
+            if waiting:
+                self._routes[route].add(status, waiting)
+                waiting.clear()
 
 
 def summarise(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -73,7 +85,7 @@ def summarise(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     merged: dict[str, RouteTimes] = {}
     for part in parts:
         for route, exported in part.items():
-            _add(merged.setdefault(route, RouteTimes(min_ms=exported["min_ms"], waits=exported["waits"])), exported)
+            _add(merged.setdefault(route, RouteTimes(exported["waits"], min_ms=exported["min_ms"])), exported)
     shown = [_shown(route, times) for route, times in merged.items()]
     shown.sort(key=lambda row: -int(row["count"]))
     requests = sum(times.count for times in merged.values())

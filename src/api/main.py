@@ -231,7 +231,7 @@ def _record(request: Request, seconds: float) -> None:
     client = scope.get("client")
     request.gateway.metrics.http_request(template, scope["method"], status, seconds)
     waits = request.route is not None and request.route.scope == "chat"
-    request.gateway.endpoints.record(template, status, seconds, waits=waits)
+    request.gateway.endpoints.record(template, status, seconds * 1000, waits=waits)
     _ANSWERED.log(
         [
             scope["method"],

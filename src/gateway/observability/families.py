@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import ClassVar, Generic, Literal, Protocol, TypeVar
 
@@ -150,30 +152,69 @@ class GaugeFamily(Family[Count]):
 
 
 class Distribution:
-    """How many observations fell into each bucket, and their sum."""
+    """How many observations fell into each bucket, and their sum.
 
-    __slots__ = ("bounds", "counts", "total")
+    ``observe`` counts one value. A call makes a dozen of them: they are only kept, and put into their buckets together
+    by `settle`, which whoever owns the family calls now and then, and which every reading begins with.
+    """
+
+    __slots__ = ("_bounds", "_counts", "_total", "_waiting", "observe")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._total = 0.0
+        self._waiting: list[float] = []
+        self.observe: Callable[[float], None] = self._waiting.append
 
-    def observe(self, value: float) -> None:
-        """Count one value."""
-        self.total += value
-        self.counts[bisect_left(self.bounds, value)] += 1
+    def settle(self) -> None:
+        """Put what was observed into its buckets."""
+        values = self._waiting[:]
+        if values:
+            del self._waiting[: len(values)]  # another thread may have added one meanwhile
+            self._total += sum(values)
+            for bucket, count in Counter(map(partial(bisect_left, self._bounds), values)).items():
+                self._counts[bucket] += count
 
     def numbers(self) -> list[float]:
         """Return the count of each bucket, the one without a bound last, then the sum."""
-        return [*self.counts, self.total]
+        self.settle()
+        return [*self._counts, self._total]
 
     def add(self, numbers: Sequence[float]) -> None:
         """Add as many."""
         *counts, total = numbers
         for index, count in enumerate(counts):
-            self.counts[index] += int(count)
+            self._counts[index] += int(count)
+        self._total += total
+
+
+class Spread:
+    """How many observations there were, their sum, the least and the greatest; ``observe`` as in `Distribution`."""
+
+    __slots__ = ("_waiting", "count", "greatest", "least", "observe", "total")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total = self.greatest = 0.0
+        self.least: float | None = None
+        self._waiting: list[float] = []
+        self.observe: Callable[[float], None] = self._waiting.append
+
+    def settle(self) -> None:
+        """Take what was observed into the numbers, which are of no use before."""
+        values = self._waiting[:]
+        if values:
+            del self._waiting[: len(values)]
+            self.add(len(values), sum(values), min(values), max(values))
+
+    def add(self, count: int, total: float, least: float | None, greatest: float) -> None:
+        """Add as many."""
+        self.count += count
         self.total += total
+        self.greatest = max(self.greatest, greatest)
+        if least is not None:
+            self.least = least if self.least is None else min(self.least, least)
 
 
 class HistogramFamily(Family[Distribution]):
@@ -188,15 +229,21 @@ class HistogramFamily(Family[Distribution]):
         self._names = [str(bound) for bound in self._bounds] + ["+Inf"]
         super().__init__(name, documentation, labels, limit)
 
+    def settle(self) -> None:
+        """Put what was observed into its buckets."""
+        for child in list(self._shown.values()):
+            child.settle()
+
     def _new(self) -> Distribution:
         return Distribution(self._bounds)
 
     def _text(self, labels: str, child: Distribution) -> str:
         start = f'{self.name}_bucket{{{labels}{"," if labels else ""}le="'
-        sums = list(accumulate(child.counts))
+        *counts, total = child.numbers()
+        sums = list(accumulate(map(int, counts)))
         lines = [f'{start}{name}"}} {count}\n' for name, count in zip(self._names, sums, strict=True)]
         braced = _braced(labels)
-        lines.append(f"{self.name}_count{braced} {sums[-1]}\n{self.name}_sum{braced} {child.total!r}\n")
+        lines.append(f"{self.name}_count{braced} {sums[-1]}\n{self.name}_sum{braced} {total!r}\n")
         return "".join(lines)
 
 

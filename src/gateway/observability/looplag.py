@@ -56,6 +56,7 @@ class _LoopWatch(threading.Thread):
     def _answer(self, asked: float) -> None:
         self._metrics.loop_lag(time.perf_counter() - asked)
         self._alive.set()
+        self._metrics.settle()
 
     def _tell(self) -> None:
         frame = sys._current_frames().get(self._thread_id)

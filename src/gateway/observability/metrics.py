@@ -19,6 +19,7 @@ from gateway.observability.families import (
     Family,
     GaugeFamily,
     HistogramFamily,
+    Spread,
 )
 
 _REQUEST_MS = (25, 50, 100, 200, 400, 800, 1_600, 3_200, 6_400, 12_800, 30_000, 60_000, 120_000, 300_000, 600_000)
@@ -48,6 +49,7 @@ class Metrics:
         self._shown_as: dict[str, str] = {}
         self._run_children: dict[tuple[str, bool, str], tuple[Count, Count, Distribution]] = {}
         self._token_children: dict[str, tuple[Distribution, Distribution]] = {}
+        self._first_token_children: dict[str, Distribution] = {}
         self._upstream_children: dict[tuple[str, int | str], tuple[Count, Distribution, Distribution]] = {}
         self._http_children: dict[tuple[str, str, int], tuple[Count, Distribution]] = {}
         self.families: list[Family[Any]] = []
@@ -66,7 +68,7 @@ class Metrics:
 
     def run_started(self, model: str) -> None:
         """Count a run as in flight; every call is followed by one of `run_finished`."""
-        self._in_flight.child().inc()
+        self._under_way.value += 1
 
     def run_finished(self, model: str, streaming: bool, outcome: str, seconds: float) -> None:
         """Record a run that ended. ``outcome`` is ``success``, ``failure`` or ``cancelled``."""
@@ -76,13 +78,13 @@ class Metrics:
         requests.value += 1
         runs.value += 1
         duration.observe(seconds)
-        self._in_flight.child().value -= 1
-        self._request_ms.child().observe(milliseconds)
-        self._snapshot.request(streaming, milliseconds)
+        self._under_way.value -= 1
+        self._run_ms.observe(milliseconds)
+        (self._snapshot.streamed if streaming else self._snapshot.whole).observe(milliseconds)
 
     def first_token(self, model: str, seconds: float) -> None:
         """Record the time from admission to the first event of a run."""
-        self._genai_first_token.child("chat", self._shown(model)).observe(seconds)
+        (self._first_token_children.get(model) or self._bind_first_token(model)).observe(seconds)
 
     def tokens(self, model: str, input_tokens: int, output_tokens: int) -> None:
         """Record what a run used, summed over its model calls."""
@@ -197,6 +199,13 @@ class Metrics:
         """Count spans of traces: ``sent``, ``failed`` (the collector did not take them), ``dropped`` (too many)."""
         self._trace_spans.child(outcome).inc(count)
 
+    def settle(self) -> None:
+        """Put what was observed into buckets; until then each observation takes a little memory."""
+        for family in self.families:
+            if isinstance(family, HistogramFamily):
+                family.settle()
+        self._snapshot.settle()
+
     def snapshot(self) -> dict[str, Any]:
         """Return the totals since the start as plain JSON values (`GET /metrics`)."""
         return self._snapshot.as_json()
@@ -225,6 +234,7 @@ class Metrics:
         self._shown_as.clear()
         self._run_children.clear()
         self._token_children.clear()
+        self._first_token_children.clear()
 
     # What a call counts with, found once for all calls that are alike.
 
@@ -244,6 +254,10 @@ class Metrics:
         bound = self._token_children[model] = child("chat", shown, "input"), child("chat", shown, "output")
         return bound
 
+    def _bind_first_token(self, model: str) -> Distribution:
+        bound = self._first_token_children[model] = self._genai_first_token.child("chat", self._shown(model))
+        return bound
+
     def _bind_upstream(self, upstream: str, status: int | str) -> tuple[Count, Distribution, Distribution]:
         calls = self._genai_calls.child(upstream, "" if status == _OK else str(status))
         bound = self._upstream.child(upstream, str(status)), self._upstream_ms.child(upstream), calls
@@ -259,9 +273,9 @@ class Metrics:
 
     def _define_ours(self) -> None:
         self._requests = self._counter("requests", "Runs that ended.", "streaming")
-        self._request_ms = self._histogram("request_latency_ms", "Duration of a run, ms.", _REQUEST_MS)
+        self._run_ms = self._histogram("request_latency_ms", "Duration of a run, ms.", _REQUEST_MS).child()
         self._runs = self._counter("runs", "Runs that ended, by model and outcome.", "model", "outcome")
-        self._in_flight = self._gauge("in_flight_requests", "Runs under way.")
+        self._under_way = self._gauge("in_flight_requests", "Runs under way.").child()
         self._tools = self._counter(
             "tool_invocations", "Calls of tools in the gateway.", "tool", "provider", "status", "source"
         )
@@ -360,20 +374,22 @@ class _Snapshot:
     """The running totals behind `GET /metrics` as JSON."""
 
     def __init__(self) -> None:
-        self.requests = self.streaming = 0
-        self.total_ms = self.max_ms = 0.0
-        self.min_ms: float | None = None
+        self.whole, self.streamed = Spread(), Spread()
         self.invocations = self.failures = 0
         self.tool_ms = 0.0
         self.tools: dict[tuple[str, str], _ToolTotals] = {}
         self.dropin_failures: dict[str, int] = {}
 
-    def request(self, streaming: bool, milliseconds: float) -> None:
-        self.requests += 1
-        self.streaming += streaming
-        self.total_ms += milliseconds
-        self.max_ms = max(self.max_ms, milliseconds)
-        self.min_ms = milliseconds if self.min_ms is None else min(self.min_ms, milliseconds)
+    def settle(self) -> None:
+        self.whole.settle()
+        self.streamed.settle()
+
+    def runs(self) -> Spread:
+        self.settle()
+        runs = Spread()
+        for some in (self.whole, self.streamed):
+            runs.add(some.count, some.total, some.least, some.greatest)
+        return runs
 
     def tool(self, tool: str, provider: str, source: str, status: str, milliseconds: float) -> None:
         failed = status != "success"
@@ -389,10 +405,11 @@ class _Snapshot:
         totals.milliseconds += milliseconds
 
     def export(self) -> dict[str, Any]:
+        runs = self.runs()
         return {
-            "numbers": [self.requests, self.streaming, self.total_ms, self.invocations, self.failures, self.tool_ms],
-            "max_ms": self.max_ms,
-            "min_ms": self.min_ms,
+            "numbers": [runs.count, self.streamed.count, runs.total, self.invocations, self.failures, self.tool_ms],
+            "max_ms": runs.greatest,
+            "min_ms": runs.least,
             "tools": [
                 [*key, totals.provider, totals.count, totals.failures, totals.milliseconds]
                 for key, totals in self.tools.items()
@@ -402,15 +419,11 @@ class _Snapshot:
 
     def absorb(self, other: Mapping[str, Any]) -> None:
         requests, streaming, total_ms, invocations, failures, tool_ms = other["numbers"]
-        self.requests += requests
-        self.streaming += streaming
-        self.total_ms += total_ms
+        self.streamed.count += streaming
+        self.whole.add(requests - streaming, total_ms, other["min_ms"], other["max_ms"])
         self.invocations += invocations
         self.failures += failures
         self.tool_ms += tool_ms
-        self.max_ms = max(self.max_ms, other["max_ms"])
-        if other["min_ms"] is not None:
-            self.min_ms = other["min_ms"] if self.min_ms is None else min(self.min_ms, other["min_ms"])
         for tool, source, provider, count, failed, milliseconds in other["tools"]:
             totals = self.tools.setdefault((tool, source), _ToolTotals(provider))
             totals.count += count
@@ -428,12 +441,13 @@ class _Snapshot:
                 "failures": totals.failures,
                 "latency_ms": _mean(totals.milliseconds, totals.count),
             }
+        runs = self.runs()
         return {
-            "total_requests": self.requests,
-            "streaming_requests": self.streaming,
-            "average_latency_ms": _mean(self.total_ms, self.requests),
-            "max_latency_ms": round(self.max_ms, 3),
-            "min_latency_ms": round(self.min_ms or 0.0, 3),
+            "total_requests": runs.count,
+            "streaming_requests": self.streamed.count,
+            "average_latency_ms": _mean(runs.total, runs.count),
+            "max_latency_ms": round(runs.greatest, 3),
+            "min_latency_ms": round(runs.least or 0.0, 3),
             "tool_invocations": self.invocations,
             "tool_failures": self.failures,
             "average_tool_latency_ms": _mean(self.tool_ms, self.invocations),
