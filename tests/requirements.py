@@ -33,6 +33,7 @@ LIMITS = "e2e/test_limits.py::"
 EDGE = "e2e/test_edge.py::"
 WORKERS = "e2e/test_workers.py::"
 ACCESS = "e2e/test_access.py::"
+CREDENTIALS = "e2e/test_credentials.py::"
 EXECUTOR = "unit/test_executor.py::"
 
 PROVED: dict[str, tuple[str, ...]] = {
@@ -73,6 +74,13 @@ PROVED: dict[str, tuple[str, ...]] = {
         EDGE + "test_a_browser_asks_without_a_key_and_calls_with_one",
     ),
     "U-04": (EDGE + "test_every_answer_is_harmless_to_a_browser",),
+    "A-02": (
+        WHO + "test_a_correlation_id_is_the_callers_or_the_requests_own",
+        CREDENTIALS + "test_fifty_callers_at_once_each_read_their_own",
+        CREDENTIALS + "test_every_kind_of_header_is_there_by_its_name",
+        CREDENTIALS + "test_they_are_written_nowhere_and_sent_to_no_upstream",
+    ),
+    "A-03": (CREDENTIALS + "test_every_kind_of_header_is_there_by_its_name",),
     "A-01": (WHO + "test_a_refusal_has_its_ids_and_the_log_knows_whom_it_met",),
     "U-05": (
         WHO + "test_requests_at_once_share_no_ids",
@@ -427,7 +435,7 @@ def _ids(prefix: str, *numbers: int, digits: int = 2) -> frozenset[str]:
 NOT_YET_BUILT: dict[str, frozenset[str]] = {
     "durable runs, memory, teams, policies": _ids(
         "A",
-        *range(3, 9),
+        *range(4, 9),
         *range(10, 12),
         *range(20, 31),
         *range(40, 52),
@@ -437,9 +445,8 @@ NOT_YET_BUILT: dict[str, frozenset[str]] = {
         *range(90, 103),
         *range(110, 121),
     ),
-    # The ids of A-02 are built (`tests/e2e/test_who.py`), its credential headers need the primitives that use them; of
-    # A-09 all but what speaks of providers.
-    "credential headers and health of the primitives": _ids("A", 2, 9),
+    # Of A-09 all is built but what speaks of providers.
+    "health of the primitives": _ids("A", 9),
     "the agent runtime": _ids("R", *range(1, 18)),
     "the workforce backend": _ids(
         "U",

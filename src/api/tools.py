@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from api.dependencies import read_body, session_id
 from api.routing import Request, Response
+from gateway.admission import accept_caller_context
 from gateway.errors import BodyTooLarge, ConfigError, InvalidRequest, ToolNotFound
 from gateway.tools.manager import LARGEST_ARGUMENTS
 from gateway.tools.port import ProviderHealth, ToolResult
@@ -63,6 +64,7 @@ async def invoke_tool(request: Request) -> Response | None:
         session_id=session_id(request.headers),
         user=asked.user,
         headers=_allowed_headers(request),
+        caller=accept_caller_context(request.headers, request.caller),
     )
     work = request.gateway.tools.call(name, asked.arguments, caller)
     result = await (_while_connected(request, work) if tool.read_only else work)

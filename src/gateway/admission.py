@@ -14,6 +14,7 @@ from msgspec import Raw, Struct
 
 from gateway.caching.cache import CacheTable
 from gateway.caching.directives import read_cache_control
+from gateway.caller_context import NOTHING, CallerContext, read_caller_context
 from gateway.chat import CHAT_PATH, ChatRequest, RelayRequest, decode_chat, decode_model, decode_relay
 from gateway.config import Settings
 from gateway.errors import (
@@ -24,7 +25,7 @@ from gateway.errors import (
     PermissionDenied,
     UnsupportedValue,
 )
-from gateway.observability.logs import log_event
+from gateway.observability.logs import keep_out, log_event
 from gateway.principal import Principal
 from gateway.registry.entry import AgentEntry
 from gateway.routing.targets import Binding
@@ -44,7 +45,7 @@ class Call(Struct, frozen=True):
 
     ``body`` is the JSON text that ``fields`` was cut from, ``path`` the surface, without ``/v1``.
     ``upstream`` is the one the caller wants, instead of what routing would choose, ``end_user`` whom a header names.
-    ``run_id`` None: a new one.
+    ``run_id`` None: a new one. ``all_headers`` are those of the request, of which an agent's run reads a few.
     """
 
     principal: Principal
@@ -58,6 +59,7 @@ class Call(Struct, frozen=True):
     cache_control: str | None = None
     end_user: str | None = None
     run_id: uuid.UUID | None = None
+    all_headers: Mapping[str, str] = {}
 
 
 def admit(call: Call, snapshot: Snapshot, settings: Settings) -> tuple[Run, Executor]:
@@ -71,6 +73,7 @@ def admit(call: Call, snapshot: Snapshot, settings: Settings) -> tuple[Run, Exec
     request: ChatRequest | RelayRequest
     executor: Executor
     metadata: Mapping[str, str] = {}
+    caller = NOTHING
     if isinstance(target, AgentEntry):
         if call.path != CHAT_PATH:
             raise agents_chat_only(target)
@@ -83,6 +86,7 @@ def admit(call: Call, snapshot: Snapshot, settings: Settings) -> tuple[Run, Exec
         model, executor, streamed = target.id, target.executor, bool(request.stream)
         deadline_s = min(target.options.timeout_s or settings.run_timeout_s, settings.run_timeout_s)
         metadata = request.metadata or {}
+        caller = accept_caller_context(call.all_headers, call.principal)
     else:
         request = decode_relay(name, call.fields, call.path)
         model, executor, streamed = name, RelayExecutor(target, meter=snapshot.meter), request.stream
@@ -104,8 +108,29 @@ def admit(call: Call, snapshot: Snapshot, settings: Settings) -> tuple[Run, Exec
         upstream=call.upstream,
         end_user=call.end_user or end_user_of(call.fields),
         binding=None if isinstance(target, AgentEntry) else target,
+        caller=caller,
     )
     return run, executor
+
+
+def accept_caller_context(headers: Mapping[str, str], principal: Principal) -> CallerContext:
+    """Return what a caller sent along for agents and tools, and keep its secrets out of every line of the log.
+
+    Raises `InvalidRequest` for a header that makes no sense. One that would be an address is left out, and logged.
+    """
+    caller = read_caller_context(headers)
+    if caller.secrets:
+        keep_out(caller.secrets)
+    if caller.refused:
+        log_event(
+            _log,
+            "network.access.denied",
+            level=logging.WARNING,
+            message="Headers of credentials that name an address are left out: a caller does not choose where to.",
+            key_id=principal.key_id,
+            headers=list(caller.refused),
+        )
+    return caller
 
 
 def end_user_of(fields: Mapping[str, Raw]) -> str | None:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from msgspec import Struct, field
 
+from gateway.caller_context import NOTHING, CallerContext
 from gateway.chat import ChatRequest, RelayRequest
 from gateway.events import RelayedBody, RelayedHead, RelayEnded, Routed, RunEvent
 from gateway.limits.reservation import Reservation
@@ -24,7 +25,7 @@ class Run(Struct, frozen=True):
     whether somebody wants deltas. ``deadline_s`` is the total time the run may take. ``upstream`` is the one that the
     caller chose for every model call, if any. ``end_user`` is whom the caller asks for, by its own word.
     ``binding`` is what a raw model's name was bound to. ``reservation`` is what it holds of its caller's limits; the
-    engine ends it.
+    engine ends it. ``caller`` is what the caller sent along for the agents that act in its name.
     """
 
     id: uuid.UUID
@@ -42,6 +43,7 @@ class Run(Struct, frozen=True):
     end_user: str | None = None
     reservation: Reservation | None = None
     binding: Binding | None = None
+    caller: CallerContext = NOTHING
 
 
 class Executor(Protocol):

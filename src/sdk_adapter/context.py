@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gateway.caller_context import CallerContext
 from gateway.run import Run
 
 
@@ -33,7 +34,12 @@ class GatewayContext(_Fields):
     ``run_id``, ``request_id``, ``principal``, ``model`` (the canonical id), ``session_id`` (or None), ``metadata``
     (the request's), ``headers`` (allow-listed, lower-case), ``state`` (a dict for the author). Agents used as tools
     and runs started by a tool that passes its context on share the same object.
+
+    ``caller`` (`gateway.caller_context.CallerContext`) is an attribute only: it holds the caller's credentials, and
+    whoever writes the mapping down does not write them.
     """
+
+    caller: CallerContext
 
     def __getattr__(self, name: str) -> Any:
         if name in self:
@@ -48,6 +54,8 @@ class GatewayContext(_Fields):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self:
             self[name] = value
+        elif name == "caller":
+            object.__setattr__(self, name, value)
         else:
             self["state"][name] = value
 
@@ -61,7 +69,7 @@ class GatewayContext(_Fields):
     def of(cls, run: Run) -> GatewayContext:
         """Return the context of a run; ``run_id`` is the hex form that every surface derives its ids from."""
         principal = run.principal
-        return cls(
+        context = cls(
             run_id=run.id.hex,
             request_id=run.request_id,
             principal=PrincipalContext(
@@ -76,3 +84,5 @@ class GatewayContext(_Fields):
             headers=dict(run.headers),
             state={},
         )
+        context.caller = run.caller
+        return context

@@ -148,6 +148,7 @@ def _caller(level: Level, context: Any) -> ToolCaller:
         session_id=run.session_id,
         user=run.end_user,
         headers=run.headers,
+        caller=run.caller,
         call_id=f"{run.id.hex}-{call_id}" if call_id else None,
     )
 

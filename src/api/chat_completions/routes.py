@@ -51,6 +51,7 @@ async def serve_model_call(request: Request, path: str) -> Response | None:
         cache_control=request.headers.get("cache-control"),
         end_user=request.headers.get(settings.end_user_header) if settings.end_user_header else None,
         run_id=request.ids.uuid(),
+        all_headers=request.headers,
     )
     run, executor = await _admit_when_loaded(request, call)
     if run.principal.allowance is not None:

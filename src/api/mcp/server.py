@@ -22,7 +22,7 @@ from api.errors import public
 from api.mcp.routes import session_of
 from api.routing import Receive, Request, Send
 from api.tools import find_tool
-from gateway.admission import Call, admit
+from gateway.admission import Call, accept_caller_context, admit
 from gateway.chat import decode_body
 from gateway.errors import GatewayError, InvalidToolArguments, ModelNotFound, NotFound, PermissionDenied
 from gateway.events import AgentSwitched, RefusalDelta, RunEvent, TextDelta, ToolStarted
@@ -142,6 +142,7 @@ class _Face:
             request_id=request.request_id,
             source="mcp",
             headers=_seen_headers(request),
+            caller=accept_caller_context(request.headers, self._principal),
             progress=ctx.session.report_progress,
         )
         return _result(await self._gateway.tools.call(name, arguments, caller))
@@ -160,6 +161,7 @@ class _Face:
             body=body,
             fields=decode_body(body),
             headers=_seen_headers(request),
+            all_headers=request.headers,
         )
         snapshot = gateway.holder.current
         run, executor = admit(call, snapshot, gateway.settings)

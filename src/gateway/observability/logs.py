@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 import msgspec
 
+from gateway.caller_context import masked
 from gateway.errors import GatewayError
 
 _MASK = "***"
@@ -59,19 +60,21 @@ _encode = msgspec.json.Encoder(decimal_format="number").encode
 class LogContext:
     """What every line of one request says; ``endpoint`` (the route's template) and ``agent_id`` come as they are known.
 
-    ``correlation_id`` is the caller's own word for what the request is a part of, over several requests.
+    ``correlation_id`` is the caller's own word for what the request is a part of, over several requests. ``secrets``
+    are texts that stand in no line.
     """
 
     SHOWN = ("correlation_id", "endpoint", "agent_id", "tool_name")
     """What a line says beside the request's id, where it is known."""
 
-    __slots__ = ("agent_id", "correlation_id", "endpoint", "request_id", "tool_name")
+    __slots__ = ("agent_id", "correlation_id", "endpoint", "request_id", "secrets", "tool_name")
 
     def __init__(self, request_id: str, correlation_id: str | None = None) -> None:
         self.request_id, self.correlation_id = request_id, correlation_id
         self.endpoint: str | None = None
         self.agent_id: str | None = None
         self.tool_name: str | None = None
+        self.secrets: tuple[str, ...] = ()
 
     def fill(self, line: dict[str, Any]) -> None:
         """Add what is known to a line that does not say it itself."""
@@ -120,6 +123,7 @@ class bind_tool:
             return None
         inner = LogContext(outer.request_id, outer.correlation_id)
         inner.endpoint, inner.agent_id, inner.tool_name = outer.endpoint, outer.agent_id, self._name
+        inner.secrets = outer.secrets
         self._token = _CONTEXT.set(inner)
         return inner
 
@@ -131,6 +135,19 @@ class bind_tool:
 def log_context() -> LogContext | None:
     """Return what the lines of the current request say; None outside of one."""
     return _CONTEXT.get()
+
+
+def keep_out(secrets: tuple[str, ...]) -> None:
+    """Mask these texts on every line and span of the current request from now on."""
+    context = _CONTEXT.get()
+    if context is not None:
+        context.secrets = secrets
+
+
+def without_secrets(text: str) -> str:
+    """Return ``text`` with what `keep_out` was given for the current request masked."""
+    context = _CONTEXT.get()
+    return text if context is None or not context.secrets else masked(text, context.secrets)
 
 
 def log_event(
@@ -182,7 +199,7 @@ class EventShape:
         if not logger.isEnabledFor(level):
             return
         handler, context = _only_handler(logger), _CONTEXT.get()
-        if handler is None or context is None:
+        if handler is None or context is None or context.secrets:
             log_event(logger, event, level=level, **dict(zip(self._names, values, strict=True)))
             return
         for index in self._foreign:
@@ -333,6 +350,9 @@ def _line(
         context.fill(line)
     if error is not None:
         line["exception"] = _exception(error, exception_text)
+    if context is not None and context.secrets:
+        as_json = (_encode(secret).decode()[1:-1] for secret in context.secrets)
+        return masked(_encode(line).decode(), as_json) + "\n"
     return _encode(line).decode() + "\n"
 
 
@@ -350,6 +370,7 @@ def clean_text(text: str, longest: int = _LONGEST_TEXT) -> str:
 
 def _scrub(text: str, longest: int) -> str:
     if len(text) > longest:
+        text = without_secrets(text)  # half of one that the cut goes through would not be known again
         text = f"{text[:longest]}… ({len(text) - longest} more characters)"
     text = _SECRET_SHAPES.sub(_MASK, text)
     if not text.isprintable():

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 from gateway.errors import GatewayError
 from gateway.events import Usage
+from gateway.observability.logs import without_secrets
 
 SpanKind = Literal["internal", "server", "client"]
 Value = str | bool | int | float | tuple[str, ...]
@@ -143,7 +144,7 @@ class Span:
     def say(self, name: str, text: str) -> None:
         """Add a text that people wrote, or a model, where that is asked for."""
         if self.with_content:
-            self._open.set({name: text[:LONGEST_CONTENT]})
+            self._open.set({name: without_secrets(text)[:LONGEST_CONTENT]})
 
     def rename(self, name: str) -> None:
         """Give it another name."""

@@ -115,12 +115,13 @@ class HttpTool(ToolEntry, frozen=True, kw_only=True, tag="http"):
     """One HTTP request per call.
 
     ``url`` may hold ``{argument}`` in path and query. Arguments not used there become query parameters (GET, HEAD,
-    DELETE) or the JSON body. ``headers`` may hold secrets by reference.
+    DELETE) or the JSON body. ``headers`` may hold secrets by reference; ``caller_headers``: see `McpTools`.
     """
 
     url: str
     method: Literal["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"] = "POST"
     headers: dict[str, Secret] = {}
+    caller_headers: dict[str, str] = {}
     schema: dict[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
     retries: Annotated[int, Meta(ge=0, le=5)] = 2
     network: NetworkAccess = NetworkAccess()
@@ -136,6 +137,7 @@ class OpenApiTools(ToolEntry, frozen=True, kw_only=True, tag="openapi"):
     document: str
     server: str | None = None
     headers: dict[str, Secret] = {}
+    caller_headers: dict[str, str] = {}
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     overrides: dict[str, ToolSettings] = {}
@@ -152,7 +154,8 @@ class McpTools(ToolEntry, frozen=True, kw_only=True, tag="mcp"):
 
     ``key_headers`` replace ``headers`` for calls of some keys, by fnmatch pattern of the key's id; the first match
     counts. ``caller_headers`` pass a header of the caller's own request on, by name: what the server gets → what the
-    caller sent (listed in GATEWAY_CONTEXT_HEADERS).
+    caller sent, a header of credentials (`x-cred-…`, `x-aws-…`) or one listed in GATEWAY_CONTEXT_HEADERS, also behind
+    a word: ``Bearer x-cred-github-token``.
     """
 
     transport: Literal["stdio", "http", "sse"] | None = None

@@ -15,6 +15,7 @@ import msgspec
 
 from gateway.errors import ConfigError, InvalidToolArguments, ToolFailed, ToolResultTooLarge, ToolUnavailable
 from gateway.tools.config import HttpTool, NetworkAccess
+from gateway.tools.lending import check_caller_headers, lent_headers
 from gateway.tools.network import Resolve, open_pool
 from gateway.tools.port import ProviderHealth, ProviderKind, ToolContext, ToolResult, ToolSpec
 from gateway.tools.secrets import resolve_headers
@@ -136,6 +137,7 @@ class HttpProvider:
         self._config = config
         self._template = UrlTemplate(config.url, where=f"tools.yaml: {config.name}: url")
         self._headers = checked_headers(config.headers, where=f"tools.yaml: {config.name}")
+        check_caller_headers(config.caller_headers, f"tools.yaml: {config.name}")
         self._idempotent = config.method in _IDEMPOTENT if config.idempotent is None else config.idempotent
         self._client = HttpClient(
             config.network, max_connections=max_connections, retries=config.retries, resolve=resolve
@@ -178,7 +180,7 @@ class HttpProvider:
         """Send the request; see `ToolProvider.call`."""
         url, rest = self._template.fill(arguments)
         body = None
-        headers = dict(self._headers)
+        headers = self._headers | lent_headers(self._config.caller_headers, context, f"The tool '{self.entry}'")
         if self._config.method in _BODYLESS:
             url = with_query(url, rest)
         else:

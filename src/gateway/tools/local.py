@@ -26,6 +26,7 @@ from typing import Any
 
 import msgspec
 
+from gateway.caller_context import NOTHING, CallerContext
 from gateway.errors import InvalidToolArguments, ToolFailed, ToolUnavailable
 from gateway.observability.logs import log_event
 from gateway.tools.config import LocalTool
@@ -44,7 +45,7 @@ class LocalContext(msgspec.Struct, frozen=True, kw_only=True):
 
     ``agent`` is the canonical id of the agent (None for a direct call), ``user`` what the client said in ``user``,
     ``key_id`` the caller's key, ``source`` who asks (``sdk``, ``api``, ``mcp``), ``policy`` the bounds of the call:
-    ``seconds_left`` and ``max_result_bytes``.
+    ``seconds_left`` and ``max_result_bytes``. ``caller`` is what the caller sent along: ``caller.credentials``.
     """
 
     agent: str | None
@@ -56,6 +57,7 @@ class LocalContext(msgspec.Struct, frozen=True, kw_only=True):
     session_id: str | None
     call_id: str
     policy: dict[str, Any]
+    caller: CallerContext = NOTHING
 
 
 class ToolThreads:
@@ -280,6 +282,7 @@ def _context(context: ToolContext) -> LocalContext:
             "seconds_left": max(0.0, context.deadline - asyncio.get_running_loop().time()),
             "max_result_bytes": context.max_result_bytes,
         },
+        caller=context.caller,
     )
 
 

@@ -229,6 +229,7 @@ class ToolManager:
             session_id=caller.session_id,
             user=caller.user,
             headers=caller.headers,
+            caller=caller.caller,
             progress=caller.progress,
         )
         try:

@@ -25,6 +25,7 @@ from gateway.errors import ConfigError, GatewayError, InvalidToolArguments, Tool
 from gateway.observability.logs import log_event
 from gateway.tools.config import FILE, OpenApiTools
 from gateway.tools.http import HttpCall, HttpClient, UrlTemplate, as_text, checked_headers, with_query
+from gateway.tools.lending import check_caller_headers, lent_headers
 from gateway.tools.network import Resolve
 from gateway.tools.port import ProviderHealth, ProviderKind, ToolContext, ToolResult, ToolSpec
 
@@ -74,6 +75,7 @@ class OpenApiProvider:
         self._config = config
         self._where = f"{FILE}: {config.name}"
         self._headers = checked_headers(config.headers, where=self._where)
+        check_caller_headers(config.caller_headers, self._where)
         self._client = HttpClient(
             config.network, max_connections=max_connections, retries=config.retries, resolve=resolve
         )
@@ -107,7 +109,9 @@ class OpenApiProvider:
         operation = self._operations.get(tool.name)
         if operation is None:
             raise ToolUnavailable(f"The tool '{tool.name}' is no longer in its document.")
-        return await self._client.send(self._request(operation, arguments), context, idempotent=tool.idempotent)
+        lent = lent_headers(self._config.caller_headers, context, f"The tool '{tool.name}'")
+        request = self._request(operation, arguments, lent)
+        return await self._client.send(request, context, idempotent=tool.idempotent)
 
     def health(self) -> ProviderHealth:
         """Return whether the document was read, and how the latest request went."""
@@ -115,8 +119,8 @@ class OpenApiProvider:
             return ProviderHealth(status="down", detail=self._problem, checked_at=time.time())
         return self._client.health
 
-    def _request(self, operation: Operation, arguments: Mapping[str, Any]) -> HttpCall:
-        headers, query, path = dict(self._headers), {}, {}
+    def _request(self, operation: Operation, arguments: Mapping[str, Any], lent: Mapping[str, str]) -> HttpCall:
+        headers, query, path = {**self._headers, **lent}, {}, {}
         for parameter in operation.parameters:
             if parameter.argument not in arguments:
                 continue

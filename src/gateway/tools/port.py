@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 
 from msgspec import Struct
 
+from gateway.caller_context import NOTHING, CallerContext
 from gateway.principal import Principal
 
 ProviderKind = Literal["local", "http", "mcp", "openapi"]
@@ -76,7 +77,8 @@ class ToolContext(Struct, frozen=True, kw_only=True):
     manager cancels it otherwise. ``max_result_bytes`` is the most that may be read as its result. ``agent`` is the
     canonical id of the model the client named (None without an agent), ``agent_name`` the name of the agent that
     calls, which may be one behind a handoff. ``call_id`` differs between calls and stays the same when one is tried
-    again: what an idempotency key is made of.
+    again: what an idempotency key is made of. ``caller`` is what the caller sent along: its credentials for other
+    services, its choice of providers.
     """
 
     principal: Principal
@@ -91,6 +93,7 @@ class ToolContext(Struct, frozen=True, kw_only=True):
     session_id: str | None = None
     user: str | None = None
     headers: Mapping[str, str] = {}
+    caller: CallerContext = NOTHING
     progress: Progress | None = None
 
 

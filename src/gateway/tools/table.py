@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 from msgspec import Struct
 
+from gateway.caller_context import NOTHING, CallerContext
 from gateway.principal import Principal
 from gateway.tools.config import AllowedFor, McpTools
 from gateway.tools.port import OnChange, Progress, ToolProvider, ToolSource, ToolSpec
@@ -40,6 +41,7 @@ class ToolCaller(Struct, frozen=True, kw_only=True):
     session_id: str | None = None
     user: str | None = None
     headers: Mapping[str, str] = {}
+    caller: CallerContext = NOTHING
     call_id: str | None = None
     deadline: float | None = None
     progress: Progress | None = None

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from urllib.parse import urlsplit
 
-from gateway.errors import ConfigError, ToolError, ToolUnavailable
+from gateway.errors import ConfigError, ToolError
 from gateway.tools.config import McpTools
+from gateway.tools.lending import check_caller_headers, lent_headers
 from gateway.tools.mcp.http import HttpTarget, http_streams
 from gateway.tools.mcp.listing import NAME, ListedTool, RefusedTool
 from gateway.tools.mcp.pins import PinStore, Quarantine, pin_key
@@ -22,10 +23,6 @@ from gateway.tools.port import ProviderHealth, ProviderKind, ToolContext, ToolRe
 from gateway.tools.secrets import resolve_headers, resolve_secret
 
 _SMALLEST_MESSAGE = 1_048_576
-_KEYS_OF_OURS = frozenset({"authorization", "x-api-key", "api-key", "cookie", "proxy-authorization"})
-"""Headers that hold the caller's key of this gateway, which no server is to see."""
-
-_HOPS = frozenset({"host", "content-length", "transfer-encoding", "connection", "accept", "content-type"})
 
 
 def message_limit(max_result_bytes: int) -> int:
@@ -144,15 +141,7 @@ class McpProvider:
     def _credential_of(self, context: ToolContext) -> Credential:
         key_id = context.principal.key_id
         headers = dict(next((found for pattern, found in self._by_key if fnmatchcase(key_id, pattern)), ()))
-        for name, source in self._config.caller_headers.items():
-            value = context.headers.get(source.lower())
-            if value is None:
-                raise ToolUnavailable(
-                    f"The MCP server '{self.entry}' works with the caller's own credential: send it in the header "
-                    f"'{source}'.",
-                    should_retry=False,
-                )
-            headers[name.lower()] = value
+        headers |= lent_headers(self._config.caller_headers, context, f"The MCP server '{self.entry}'")
         return _credential(headers)
 
     def _wants(self, name: str) -> bool:
@@ -220,14 +209,7 @@ def _target(config: McpTools) -> StdioTarget | HttpTarget:
     parts = urlsplit(config.url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"tools.yaml: {where}: url must be an http:// or https:// address.")
-    for name, source in config.caller_headers.items():
-        if source.lower() in _KEYS_OF_OURS:
-            raise ConfigError(
-                f"tools.yaml: {where}: caller_headers: '{source}' holds the caller's key of this gateway, which no "
-                "server is to see; choose a header of its own, such as x-github-token."
-            )
-        if name.lower() in _HOPS:
-            raise ConfigError(f"tools.yaml: {where}: caller_headers: '{name}' cannot be set.")
+    check_caller_headers(config.caller_headers, f"tools.yaml: {where}")
     return HttpTarget(
         config.url,
         "sse" if config.transport == "sse" else "http",
