@@ -23,6 +23,7 @@ from sdk_adapter.declarative import build_declared
 from sdk_adapter.diagnosis import diagnose
 from sdk_adapter.executor import PreparedAgent, prepare_agent
 from sdk_adapter.exports import Export, Outline
+from sdk_adapter.mcp_servers import load_pool
 from sdk_adapter.modules import DropInFinder
 from sdk_adapter.runner import install
 from sdk_adapter.services import AdapterServices
@@ -151,6 +152,7 @@ async def _publish(
     named: _Named, dropin: DropIn, services: AdapterServices, published: Mapping[int, str] = _NOTHING
 ) -> Published:
     try:
+        await load_pool(named.agent)
         prepared = prepare_agent(
             named.agent, agent_id=named.id, options=named.options, services=services, published=published
         )
