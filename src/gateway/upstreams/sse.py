@@ -30,6 +30,19 @@ class EventParser:
 
     def feed(self, piece: bytes) -> list[bytes]:
         """Return the payloads that ``piece`` completes; raise `EventTooLarge`."""
+        size = len(piece)
+        if (
+            # One line and the end of its event, with nothing before it that is not complete: as most pieces are.
+            piece.find(b"\n") == size - 2
+            and piece.startswith(b"data: ")
+            and piece.endswith(b"\n\n")
+            and 8 < size <= self._limit
+            and not self._held
+            and self._data is None
+            and b"\r" not in piece
+        ):
+            self._after_cr = self._first_line = False
+            return [piece[6:-2]]
         if self._after_cr:
             self._after_cr = False
             if piece.startswith(b"\n"):
