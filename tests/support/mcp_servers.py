@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,13 +59,6 @@ async def quickest(work: Callable[[], Awaitable[Any]], tries: int = 3) -> tuple[
     return best
 
 
-def free_port() -> int:
-    """Return a port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def http_server(port: int, transport: str = "streamable-http", **env: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run the server of the `mcp` package on a port; yield once it listens."""
@@ -102,12 +95,16 @@ def reply(writer: asyncio.StreamWriter, request: dict[str, Any], result: Any) ->
     respond(writer, 200, body, "content-type: application/json")
 
 
+_ECHO = {"name": "echo", "inputSchema": {"type": "object"}}
+
+
 @asynccontextmanager
-async def hostile_http(on_call: Answer) -> Any:
+async def hostile_http(on_call: Answer, *, revision: str | None = None, tools: Sequence[Any] = (_ECHO,)) -> Any:
     """Serve MCP in this process: a proper handshake and one tool, ``echo``; ``on_call`` answers its calls.
 
-    Yields the URL and the list of the headers of all requests.
+    With ``revision`` it speaks that one, which has no handshake. Yields the URL and the headers of all requests.
     """
+    also = {"resultType": "complete", "ttlMs": 0, "cacheScope": "private"} if revision else {}
     seen: list[dict[str, str]] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -129,8 +126,11 @@ async def hostile_http(on_call: Answer) -> Any:
                     info = {"name": "hostile", "version": "1"}
                     result = {"protocolVersion": version, "capabilities": {"tools": {}}, "serverInfo": info}
                     reply(writer, request, result)
+                elif method == "server/discover" and revision:
+                    offers = {"supportedVersions": [revision], "capabilities": {"tools": {}}}
+                    reply(writer, request, {**also, **offers, "serverInfo": {"name": "hostile", "version": "1"}})
                 elif method == "tools/list":
-                    reply(writer, request, {"tools": [{"name": "echo", "inputSchema": {"type": "object"}}]})
+                    reply(writer, request, {**also, "tools": tools})
                 elif method == "tools/call":
                     await on_call(request, writer)
                 else:

@@ -20,7 +20,8 @@ from gateway.tools.config import McpTools
 from gateway.tools.mcp.pins import MemoryPins, PinStore
 from gateway.tools.mcp.provider import McpProvider
 from gateway.tools.port import ToolContext, ToolResult, ToolSpec
-from tests.support.mcp_servers import free_port, hostile_http, http_server, quickest, raw_command, reply, respond, until
+from tests.support.mcp_servers import hostile_http, http_server, quickest, raw_command, reply, respond, until
+from tests.support.server import free_port
 
 pytestmark = pytest.mark.anyio
 
@@ -71,7 +72,7 @@ async def tools(made: McpProvider) -> dict[str, ToolSpec]:
 
 
 async def invoke(
-    made: McpProvider, name: str, arguments: Any = None, *, key: str = "k", timeout_s: float = 10, **context: Any
+    made: McpProvider, name: str, arguments: Any = None, *, key: str = "k", timeout_s: float = 60, **context: Any
 ) -> ToolResult:
     spec = (await tools(made))[name]
     deadline = asyncio.get_running_loop().time() + timeout_s
@@ -131,6 +132,128 @@ async def test_tools_that_are_not_fit_to_offer_are_refused(tmp_path: Path, tool:
     async with provider(**stdio(tmp_path, TOOLS=str(path))) as made:
         assert list(await tools(made)) == ["raw__good"]
         assert why in (made.health().detail or "")
+
+
+@pytest.mark.parametrize(
+    ("tool", "why"),
+    [
+        ({**ECHO, "inputSchema": {"type": "string"}}, "echo: its definition is not one of the protocol's (inputSchema"),
+        ({**ECHO, "inputSchema": {}}, "echo: its definition is not one of the protocol's (inputSchema.type: missing)"),
+        ({**ECHO, "inputSchema": "object"}, "inputSchema"),
+        ({"name": "echo"}, "echo: its definition is not one of the protocol's (inputSchema: missing)"),
+        ({**ECHO, "description": 5}, "description"),
+        ({**ECHO, "annotations": ["kind"]}, "annotations"),
+        (
+            {"inputSchema": {"type": "object"}},
+            "(number 2 of the list): its definition is not one of the protocol's (name",
+        ),
+        ({**ECHO, "name": 7}, "(number 2 of the list)"),
+        ("echo", "(number 2 of the list)"),
+        (None, "(number 2 of the list)"),
+        ({**ECHO, "description": "x" * 3_000_000}, "16,384"),
+    ],
+    ids=[
+        "string",
+        "untyped",
+        "text",
+        "none",
+        "number",
+        "list",
+        "nameless",
+        "numbered",
+        "bare",
+        "null",
+        "three_megabytes",
+    ],
+)
+async def test_one_wrong_definition_spares_the_servers_other_tools(
+    tmp_path: Path, tool: Any, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "tools.json"
+    path.write_text(json.dumps([{**ECHO, "name": "good"}, tool, {**ECHO, "name": "better"}]))
+    async with provider(**stdio(tmp_path, TOOLS=str(path))) as made:
+        assert list(await tools(made)) == ["raw__good", "raw__better"]
+        assert made.health().status == "degraded"
+        assert why in (made.health().detail or "")
+        assert (await invoke(made, "raw__better")).text
+    assert [record.getMessage() for record in caplog.records].count("mcp.tools.refused") == 1
+
+
+async def test_a_wrong_definition_does_not_hide_a_name_that_is_listed_twice(tmp_path: Path) -> None:
+    path = tmp_path / "tools.json"
+    path.write_text(json.dumps([ECHO, {"name": "echo"}, {**ECHO, "name": "good"}]))
+    async with provider(**stdio(tmp_path, TOOLS=str(path))) as made:
+        assert list(await tools(made)) == ["raw__good"]
+        assert "several tools of this name" in (made.health().detail or "")
+
+
+async def test_a_definition_too_deep_to_be_read_fails_the_list_at_once(tmp_path: Path) -> None:
+    async with provider(**stdio(tmp_path, MODE="bottomless")) as made:
+        await until(lambda: made.health().status == "down", "the list failed")
+        assert made.health().detail == "its answer makes no sense"
+
+
+async def test_tools_of_many_pages_are_all_listed_and_pages_without_end_are_not(tmp_path: Path) -> None:
+    async with provider(**stdio(tmp_path, MODE="pages")) as made:
+        assert len(await tools(made)) == 150
+        assert made.health().detail is None
+    async with provider(**stdio(tmp_path, MODE="endless_pages"), max_tools=10) as made:
+        assert list(await tools(made)) == ["raw__echo"]
+        assert "more than 10 tools" in (made.health().detail or "")
+
+
+BOMB = {"type": "object", "allOf": [{"$ref": "#/$defs/0"}], "$defs": {"30": {}}}
+for _number in range(30):
+    BOMB["$defs"][str(_number)] = {"allOf": [{"$ref": f"#/$defs/{_number + 1}"}] * 2}  # type: ignore[index]
+ONE_NUMBER = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+SLOW_PATTERN = {"type": "object", "properties": {"n": {"pattern": "^(a+)+$"}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "result", "problem"),
+    [
+        (ONE_NUMBER, {"structuredContent": {"n": 1}}, None),
+        (ONE_NUMBER, {"structuredContent": {"n": "secret words"}}, r"result\.n: must be of type integer\."),
+        (ONE_NUMBER, {}, "result: is missing"),
+        (ONE_NUMBER, {"isError": True}, None),
+        (BOMB, {"structuredContent": {}}, None),
+        (SLOW_PATTERN, {"structuredContent": {"n": "a" * 40 + "!"}}, "does not match"),
+        ({"type": "object", "properties": {"n": {"$ref": "http://127.0.0.1:9/x"}}}, {"structuredContent": {}}, None),
+        ({"type": "object", "properties": {"n": {"type": "wrong"}}}, {"structuredContent": {"n": 1}}, None),
+    ],
+    ids=["fits", "differs", "missing", "failed", "bomb", "slow_pattern", "leads_away", "no_schema"],
+)
+async def test_a_result_is_held_to_its_own_schema_within_bounds(
+    tmp_path: Path, schema: Any, result: Any, problem: str | None
+) -> None:
+    listed, given = tmp_path / "tools.json", tmp_path / "result.json"
+    listed.write_text(json.dumps([{**ECHO, "outputSchema": schema}]))
+    given.write_text(json.dumps({"content": [{"type": "text", "text": "here"}], **result}))
+    async with provider(**stdio(tmp_path, TOOLS=str(listed), RESULT=str(given))) as made:
+        if problem is None:
+            assert (await invoke(made, "raw__echo")).text == "here"
+        else:
+            with pytest.raises(ToolFailed, match=problem) as caught:
+                await invoke(made, "raw__echo")
+            assert "secret words" not in caught.value.message
+
+
+async def test_of_the_revision_without_handshake_wrong_definitions_are_left_out_too() -> None:
+    async def asks(request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        assert request["params"]["_meta"]["io.modelcontextprotocol/protocolVersion"] == "2026-07-28"
+        reply(writer, request, {"resultType": "input_required", "inputRequests": {}, "requestState": "x"})
+
+    header = {"type": "object", "properties": {"n": {"type": "object", "x-mcp-header": "Host"}}}
+    listed = [ECHO, {**ECHO, "name": "second", "inputSchema": []}, {**ECHO, "name": "third", "inputSchema": header}]
+    async with (
+        hostile_http(asks, revision="2026-07-28", tools=listed) as (url, _),
+        provider(url=url, network=LOCAL) as made,
+    ):
+        assert list(await tools(made)) == ["raw__echo"]
+        assert "second: its definition" in (made.health().detail or "")
+        assert "third: its schema has an x-mcp-header" in (made.health().detail or "")
+        with pytest.raises(ToolFailed, match="asks back"):
+            await invoke(made, "raw__echo")
 
 
 async def test_hidden_characters_of_a_description_are_not_offered(tmp_path: Path) -> None:

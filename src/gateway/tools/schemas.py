@@ -1,4 +1,4 @@
-"""JSON Schemas of tool arguments: compiled once, bounded against schemas and values that would never finish.
+"""JSON Schemas of tools: compiled once, bounded against schemas and values that would never finish.
 
 Schemas may come from strangers (an MCP server, an OpenAPI document), values from a model. So references stay inside
 the schema, regular expressions run on an engine without backtracking, and one validation has a budget of steps.
@@ -42,6 +42,10 @@ class _OutOfSteps(Exception):
     pass
 
 
+class _OutOfBounds(Exception):
+    """A value cannot be judged within bounds."""
+
+
 class Pattern:
     """A regular expression in linear time: no look-around, no back-references."""
 
@@ -61,15 +65,10 @@ class Pattern:
         return True
 
 
-class ArgumentSchema:
-    """One tool's parameters, ready to judge arguments."""
+class _Bounded:
+    """A schema whose validations end soon, whatever it and the value are."""
 
-    def __init__(self, parameters: Mapping[str, Any], *, foreign: bool = False) -> None:
-        """Raise `ConfigError` for a schema that is none, or that asks for more than it may.
-
-        In a ``foreign`` schema a regular expression that the engine does not know is left to the tool's own server.
-        """
-        schema = dict(parameters)
+    def __init__(self, schema: dict[str, Any], *, foreign: bool) -> None:
         _check(schema)
         self._patterns: dict[str, Pattern] = {}
         self._left = self._depth = 0
@@ -80,30 +79,19 @@ class ArgumentSchema:
                 if foreign:
                     continue
                 raise ConfigError(f"schema: {error}: look-around and back-references are not known.") from error
-        is_open = "properties" not in schema or not _OPEN.isdisjoint(schema)
-        self._declared = None if is_open else frozenset(schema["properties"])
         self._validator = self._class()(schema, registry=Registry())
 
-    def reduced(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments without those that the schema does not name, where it says nothing about others."""
-        if self._declared is None:
-            return dict(arguments)
-        return {name: value for name, value in arguments.items() if name in self._declared}
-
-    def validate(self, arguments: Mapping[str, Any]) -> None:
-        """Return if the arguments fit; else raise `InvalidToolArguments`, which says where they do not."""
+    def _mismatch(self, value: Any) -> tuple[str, str] | None:
+        """Return where a value does not fit, and how; None where it does. Raises `_OutOfBounds`."""
         self._left, self._depth = _STEPS, 0
         try:
-            found = best_match(self._validator.iter_errors(arguments))
+            found = best_match(self._validator.iter_errors(value))
         except (_OutOfSteps, RecursionError, Unresolvable) as error:
-            raise InvalidToolArguments(
-                "The arguments cannot be checked against the tool's schema within bounds.", param="arguments"
-            ) from error
-        if found is not None:
-            where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in found.absolute_path)
-            raise InvalidToolArguments(
-                f"arguments{where[:200]}: {_words(found)}.", param=f"arguments{where[:200]}" if where else "arguments"
-            )
+            raise _OutOfBounds from error
+        if found is None:
+            return None
+        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in found.absolute_path)
+        return where[:200], _words(found)
 
     def _class(self) -> Any:
         own = {
@@ -159,6 +147,57 @@ class ArgumentSchema:
                 yield from validator.descend(item, value, path=name)
 
 
+class ArgumentSchema(_Bounded):
+    """One tool's parameters, ready to judge arguments."""
+
+    def __init__(self, parameters: Mapping[str, Any], *, foreign: bool = False) -> None:
+        """Raise `ConfigError` for a schema that is none, or that asks for more than it may.
+
+        In a ``foreign`` schema a regular expression that the engine does not know is left to the tool's own server.
+        """
+        schema = dict(parameters)
+        kind = schema.get("type", "object")
+        if kind != "object":
+            raise ConfigError(f"schema: its type is {kind!r}; the arguments of a tool are an object.")
+        super().__init__(schema, foreign=foreign)
+        is_open = "properties" not in schema or not _OPEN.isdisjoint(schema)
+        self._declared = None if is_open else frozenset(schema["properties"])
+
+    def reduced(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments without those that the schema does not name, where it says nothing about others."""
+        if self._declared is None:
+            return dict(arguments)
+        return {name: value for name, value in arguments.items() if name in self._declared}
+
+    def validate(self, arguments: Mapping[str, Any]) -> None:
+        """Return if the arguments fit; else raise `InvalidToolArguments`, which says where they do not."""
+        try:
+            found = self._mismatch(arguments)
+        except _OutOfBounds as error:
+            raise InvalidToolArguments(
+                "The arguments cannot be checked against the tool's schema within bounds.", param="arguments"
+            ) from error
+        if found is not None:
+            where = f"arguments{found[0]}"
+            raise InvalidToolArguments(f"{where}: {found[1]}.", param=where)
+
+
+class ResultSchema(_Bounded):
+    """What a stranger's tool says of its results."""
+
+    def __init__(self, schema: Mapping[str, Any]) -> None:
+        """Raise `ConfigError` for a schema that is none, or that asks for more than it may."""
+        super().__init__(dict(schema), foreign=True)
+
+    def find_mismatch(self, value: Any) -> str | None:
+        """Say how a result breaks its tool's word; None where it does not, or is too much to look at in full."""
+        try:
+            found = self._mismatch(value)
+        except _OutOfBounds:
+            return None
+        return None if found is None else f"result{found[0]}: {found[1]}"
+
+
 def _words(error: ValidationError) -> str:
     """Say what is wrong without the value, which may be long or nobody's business."""
     value: Any = error.validator_value
@@ -204,9 +243,6 @@ def _check(schema: dict[str, Any]) -> None:
         raise ConfigError("schema: it is no JSON value.") from error
     if size > LARGEST_SCHEMA:
         raise ConfigError(f"schema: it has {size:,} bytes; {LARGEST_SCHEMA:,} are the most.")
-    kind = schema.get("type", "object")
-    if kind != "object":
-        raise ConfigError(f"schema: its type is {kind!r}; the arguments of a tool are an object.")
     for node, depth in _nodes(schema):
         if depth > _DEEPEST:
             raise ConfigError(f"schema: it is more than {_DEEPEST} levels deep.")

@@ -17,6 +17,7 @@ NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _LONGEST_DESCRIPTION = 16_384
 _LARGEST_SCHEMA = 65_536
 _DEEPEST_SCHEMA = 32
+_REFUSED = "agent-gateway/refused"
 
 
 class ListedTool(Struct, frozen=True):
@@ -52,12 +53,22 @@ def read_listing(tools: Sequence[types.Tool]) -> tuple[list[ListedTool], list[Re
     return listed, list(refused.values())
 
 
+def stand_in(tool: object, number: int, why: str) -> dict[str, Any]:
+    """Return what stands for the ``number``-th definition of a list: `mcp` takes it, `read_listing` refuses it."""
+    name = tool.get("name") if isinstance(tool, dict) else None
+    shown = name if isinstance(name, str) and name else f"(number {number} of the list)"
+    return {"name": shown[:256], "inputSchema": {"type": "object"}, "_meta": {_REFUSED: why}}
+
+
 def clean(text: str) -> str:
     """Return the text without control and format characters, which hide words from people and not from models."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Co", "Cn"))
 
 
 def _fault(tool: types.Tool) -> str | None:
+    malformed = (tool.meta or {}).get(_REFUSED)
+    if malformed is not None:
+        return clean(str(malformed))[:300]
     if NAME.fullmatch(tool.name) is None:
         return "its name has characters other than A-Z a-z 0-9 _ -, or more than 64 of them"
     if len(tool.description or "") > _LONGEST_DESCRIPTION:

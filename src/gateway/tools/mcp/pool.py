@@ -10,13 +10,14 @@ from typing import Any
 
 import mcp_types as types
 
-from gateway.errors import StoreUnavailable, ToolTimedOut, ToolUnavailable
+from gateway.errors import ConfigError, StoreUnavailable, ToolFailed, ToolTimedOut, ToolUnavailable
 from gateway.observability.logs import log_event
 from gateway.tools.mcp.listing import ListedTool, RefusedTool, read_listing
 from gateway.tools.mcp.pins import Pin, Pinning, PinStore, Quarantine, accepted, judge
 from gateway.tools.mcp.session import Listing, McpSession, SessionLimits, SessionWatcher
 from gateway.tools.mcp.wire import Dial
 from gateway.tools.port import Progress
+from gateway.tools.schemas import ResultSchema
 
 _log = logging.getLogger("gateway.mcp")
 
@@ -75,6 +76,7 @@ class McpPool:
         self._known: Mapping[str, Pin] = {}
         self._judging = asyncio.Lock()
         self._members: dict[Credential, _Member] = {}
+        self._results: dict[str, ResultSchema | None] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         _quiet()
 
@@ -133,7 +135,7 @@ class McpPool:
             raise ToolTimedOut(f"The MCP server '{self.name}' did not answer within {timeout_s:g} s.") from error
         if tool not in offered:
             raise self._not_offered(tool)
-        return await member.session.call(
+        result = await member.session.call(
             tool,
             arguments,
             timeout_s=ends - asyncio.get_running_loop().time(),
@@ -141,6 +143,8 @@ class McpPool:
             repeatable=repeatable,
             meta=meta,
         )
+        self._check(offered[tool], result)
+        return result
 
     async def approve(
         self, names: Sequence[str] | None, *, by: str, digests: Mapping[str, str] | None = None
@@ -166,6 +170,26 @@ class McpPool:
     def pinned(self, tool: str) -> Pin | None:
         """Return the accepted definition of a tool."""
         return self._known.get(tool)
+
+    def _check(self, tool: ListedTool, result: types.CallToolResult) -> None:
+        """Raise `ToolFailed` for a result that is not what the tool's accepted definition says."""
+        if tool.output_schema is None or result.is_error:
+            return
+        if tool.digest not in self._results:
+            if len(self._results) > self._limits.max_tools:
+                self._results.clear()
+            self._results[tool.digest] = _result_schema(tool.output_schema)
+        schema = self._results[tool.digest]
+        if schema is None:
+            return
+        problem = "result: is missing"
+        if result.structured_content is not None or "structured_content" in result.model_fields_set:
+            problem = schema.find_mismatch(result.structured_content) or ""
+        if problem:
+            raise ToolFailed(
+                f"The tool '{tool.name}' of the MCP server '{self.name}' did not keep to its own output schema: "
+                f"{problem}."
+            )
 
     def _not_offered(self, tool: str) -> ToolUnavailable:
         waiting = self.judged.quarantined.get(tool)
@@ -223,7 +247,11 @@ class McpPool:
         async with self._judging:
             member.tools = {tool.name: tool for tool in listed}
             before = self.judged
-            problem = f"it lists more than {self._limits.max_tools} tools" if listing.overflowed else None
+            problem = (
+                f"it lists more than {self._limits.max_tools} tools, and the rest is left out"
+                if listing.overflowed
+                else None
+            )
             try:
                 if self._pinning == "first_use" and listed:
                     await self._pins.save(self._key, accepted(listed, "first use"), only_first=True)
@@ -270,6 +298,14 @@ class McpPool:
                 tools={item.name: item.why for item in self.judged.refused[:20]},
                 **self._log_fields,
             )
+
+
+def _result_schema(schema: Mapping[str, Any]) -> ResultSchema | None:
+    """Return a schema that can be held to, if this is one: what the server says of results binds nobody but itself."""
+    try:
+        return ResultSchema(schema)
+    except ConfigError:
+        return None
 
 
 def _words(item: Quarantine) -> str:

@@ -22,7 +22,7 @@ from gateway.tools.mcp.wire import Dial
 from gateway.tools.port import ProviderHealth, ProviderKind, ToolContext, ToolResult, ToolSpec
 from gateway.tools.secrets import resolve_headers, resolve_secret
 
-_SMALLEST_MESSAGE = 1_048_576
+_SMALLEST_MESSAGE = 4 * 1_048_576
 
 
 def message_limit(max_result_bytes: int) -> int:

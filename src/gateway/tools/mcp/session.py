@@ -14,18 +14,21 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from contextvars import Context
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import mcp_types as types
 from mcp import Client, ClientSession, MCPError
 from mcp.shared.dispatcher import ProgressFnT
+from pydantic import TypeAdapter
 
 from gateway.errors import ToolDenied, ToolError, ToolFailed, ToolResultTooLarge, ToolTimedOut, ToolUnavailable
 from gateway.observability.logs import log_event
-from gateway.tools.mcp.wire import GATEWAY_ERROR, Dial, Streams
+from gateway.tools.mcp.watched import Watched
+from gateway.tools.mcp.wire import GATEWAY_ERROR, Dial
 from gateway.tools.port import Progress
 
 _log = logging.getLogger("gateway.mcp")
+_T = TypeVar("_T")
 
 _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 30.0
@@ -39,7 +42,6 @@ _DEMAND_S = 300.0
 
 _TIMEOUTS_IN_A_ROW = 3
 _CLOSE_S = 8.0
-_PAGES = 100
 _CLOSED = -32_000
 _TIMED_OUT = -32_001
 _CLIENT = types.Implementation(name="agent-gateway", version="1")
@@ -73,7 +75,7 @@ class SessionLimits:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What a server listed; ``overflowed`` when it had more than it may."""
+    """What a server listed; ``overflowed`` when it had more tools than it may, or more pages than tools."""
 
     tools: tuple[types.Tool, ...]
     overflowed: bool = False
@@ -205,15 +207,19 @@ class McpSession:
                     client = await self._ready()
                     self._in_flight += 1
                     try:
-                        result: types.CallToolResult = await _unless_dead(
-                            client.session.call_tool(
-                                tool,
-                                dict(arguments),
+                        result = await _unless_dead(
+                            client.session.send_request(
+                                _request(tool, arguments, meta),
+                                _RESULT,
                                 progress_callback=cast("ProgressFnT | None", progress),
-                                meta=_meta(meta),
                             )
                         )
                         self._timeouts = 0
+                        if isinstance(result, types.InputRequiredResult):
+                            raise ToolFailed(
+                                f"The tool '{tool}' of the MCP server '{self.name}' asks back for something, and "
+                                "nobody here could answer."
+                            )
                         return result
                     except Exception as error:
                         reason = _reason(error)
@@ -321,11 +327,11 @@ class McpSession:
         """Connect, list, publish; raise whatever the transport or `mcp` raises."""
         self._broken = asyncio.Event()
         broken = self._broken
-        client = Client(
-            _Watched(self._dial(), broken.set), cache=None, client_info=_CLIENT, message_handler=self._heard
-        )
+        watched = Watched(self._dial(), broken.set, max_tools=self._limits.max_tools)
+        client = Client(watched, cache=None, client_info=_CLIENT, message_handler=self._heard)
         deadline = asyncio.timeout(self._limits.connect_s)
         async with deadline, client:
+            watched.revision = client.session.protocol_version
             await self._list(client)
             deadline.reschedule(None)
             self._client = client
@@ -368,16 +374,16 @@ class McpSession:
     async def _list(self, client: Client) -> None:
         tools: list[types.Tool] = []
         cursor: str | None = None
-        for _ in range(_PAGES):
+        most = self._limits.max_tools
+        for _ in range(most + 1):  # a page of one tool is a page, too; empty ones need not go on for ever
             page = await _unless_dead(
                 client.session.list_tools(params=types.PaginatedRequestParams(cursor=cursor) if cursor else None)
             )
-            tools += page.tools[: self._limits.max_tools + 1 - len(tools)]
+            tools += page.tools[: most + 1 - len(tools)]
             cursor = page.next_cursor
-            if cursor is None or len(tools) > self._limits.max_tools:
+            if cursor is None or len(tools) > most:
                 break
-        most = self._limits.max_tools
-        self.listing = Listing(tuple(tools[:most]), overflowed=len(tools) > most)
+        self.listing = Listing(tuple(tools[:most]), overflowed=len(tools) > most or cursor is not None)
         if self._on_listing is not None:
             await self._on_listing(self.listing)
 
@@ -459,11 +465,22 @@ def _root(error: BaseException) -> BaseException:
     return error
 
 
-def _meta(meta: Mapping[str, Any] | None) -> Any:
-    return dict(meta) if meta else None
+_RESULT: TypeAdapter[types.CallToolResult | types.InputRequiredResult] = TypeAdapter(
+    types.CallToolResult | types.InputRequiredResult
+)
 
 
-async def _unless_dead(call: Awaitable[Any]) -> Any:
+def _request(tool: str, arguments: Mapping[str, Any], meta: Mapping[str, Any] | None) -> types.CallToolRequest:
+    """Return the call as `ClientSession.call_tool` makes it.
+
+    That method itself checks the result against the server's own schema, without bounds: a schema of forty `allOf`
+    would hold the process. The pool checks it within bounds.
+    """
+    given: Any = dict(meta) if meta else None
+    return types.CallToolRequest(params=types.CallToolRequestParams(name=tool, arguments=dict(arguments), _meta=given))
+
+
+async def _unless_dead(call: Awaitable[_T]) -> _T:
     """Await a call of the client; its CancelledError on a dead session is an error, not our cancellation."""
     try:
         return await call
@@ -472,56 +489,3 @@ async def _unless_dead(call: Awaitable[Any]) -> Any:
         if task is not None and task.cancelling():
             raise
         raise ConnectionError("the session was closed") from error
-
-
-class _Watched:
-    """A transport that tells when the server's side of it has ended."""
-
-    def __init__(self, inner: Any, ended: Callable[[], None]) -> None:
-        self._inner = inner
-        self._ended = ended
-
-    async def __aenter__(self) -> Streams:
-        reading, writing = await self._inner.__aenter__()
-        return _WatchedReader(reading, self._ended), writing
-
-    async def __aexit__(self, *error: Any) -> Any:
-        return await self._inner.__aexit__(*error)
-
-
-class _WatchedReader:
-    def __init__(self, inner: Any, ended: Callable[[], None]) -> None:
-        self._inner = inner
-        self._ended = ended
-
-    @property
-    def last_context(self) -> Context | None:
-        """The sender's context, which `mcp` looks for."""
-        return getattr(self._inner, "last_context", None)
-
-    async def receive(self) -> Any:
-        try:
-            return await self._inner.receive()
-        except Exception:
-            self._ended()
-            raise
-
-    def __aiter__(self) -> _WatchedReader:
-        return self
-
-    async def __anext__(self) -> Any:
-        try:
-            return await self._inner.__anext__()
-        except (StopAsyncIteration, Exception):
-            self._ended()
-            raise
-
-    async def aclose(self) -> None:
-        await self._inner.aclose()
-
-    async def __aenter__(self) -> _WatchedReader:
-        await self._inner.__aenter__()
-        return self
-
-    async def __aexit__(self, *error: Any) -> Any:
-        return await self._inner.__aexit__(*error)

@@ -131,9 +131,14 @@ async def _read(
             while chunk := await process.stdout.read(_READ):
                 for line in lines.feed(chunk):
                     message = _too_long(line) if isinstance(line, _TooLong) else _parsed(line)
+                    if message is None and isinstance(line, bytes):
+                        garbage += 1
+                        message = _unreadable(line)
                     if message is not None:
                         await out.send(message)
-                    elif isinstance(line, _TooLong) or (garbage := garbage + 1) > _MOST_GARBAGE:
+                    elif isinstance(line, _TooLong):
+                        return
+                    if garbage > _MOST_GARBAGE:
                         return
                 if lines.skipped > _LONGEST_SKIPPED:
                     return
@@ -211,10 +216,22 @@ def _parsed(line: bytes) -> SessionMessage | None:
 
 def _too_long(line: _TooLong) -> SessionMessage | None:
     """Answer the request whose answer was too long, if the line says which one it was."""
-    found = _ID_FIRST.search(line.head) or _ID_LAST.search(line.tail)
+    return _refusal(line.head, line.tail, "too_large")
+
+
+def _unreadable(line: bytes) -> SessionMessage | None:
+    """Answer the request whose answer is not JSON-RPC (or nested too deep to be read), if the line says which one.
+
+    A line that only passes by, such as a log of the server's, says nothing of JSON-RPC.
+    """
+    return _refusal(line[:_EDGE], line[-_EDGE:], "malformed") if b'"jsonrpc"' in line else None
+
+
+def _refusal(head: bytes, tail: bytes, reason: str) -> SessionMessage | None:
+    found = _ID_FIRST.search(head) or _ID_LAST.search(tail)
     if found is None:
         return None
-    error = ErrorData(code=GATEWAY_ERROR, message="too large", data={"gateway": "too_large"})
+    error = ErrorData(code=GATEWAY_ERROR, message=reason, data={"gateway": reason})
     return SessionMessage(JSONRPCError(jsonrpc="2.0", id=int(found[1]), error=error))
 
 
