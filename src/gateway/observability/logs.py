@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from contextvars import ContextVar, Token
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, TextIO
 
@@ -29,6 +30,8 @@ _LONGEST_TEXT = 2_000
 _LONGEST_TRACEBACK = 16_000
 _MOST_ITEMS = 50
 _SHORT = 160
+_MOST_SCRUBBED = 2_048
+_TOGETHER_S = 0.1
 _DEEPEST = 4
 _FEW = 5
 
@@ -55,6 +58,7 @@ _UNSAFE = re.compile("[\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u20
 
 _STANDARD = frozenset(logging.LogRecord("", 0, "", 0, "", (), None).__dict__) | {"message", "asctime", "taskName"}
 _encode = msgspec.json.Encoder(decimal_format="number").encode
+_ROOT = logging.getLogger()
 
 
 class LogContext:
@@ -184,33 +188,34 @@ class EventShape:
     rest holds numbers, and words of the gateway's own.
     """
 
-    __slots__ = ("_event", "_foreign", "_logger", "_make", "_names")
+    __slots__ = ("_event", "_foreign", "_handler", "_heads", "_heard", "_logger", "_make", "_names")
 
     def __init__(self, logger: logging.Logger, event: str, *names: str, foreign: Collection[str] = ()) -> None:
         self._logger, self._event, self._names = logger, event, names
         self._foreign = tuple(index for index, name in enumerate(names) if name in foreign)
-        fields = [(name, Any, None) for name in (*names, *LogContext.SHOWN)]
-        head = [(name, str) for name in ("timestamp", "level", "logger", "event", "request_id", "message")]
-        self._make: Any = msgspec.defstruct("Line", [*head, *fields], omit_defaults=True)
+        fields = [("request_id", str), ("message", str), *((name, Any, None) for name in (*names, *LogContext.SHOWN))]
+        self._make: Any = msgspec.defstruct("Line", fields, omit_defaults=True)
+        self._heads = _Heads(logger.name, event)
+        self._handler: JsonHandler | None = None
+        self._heard: list[logging.Handler] = []
 
     def log(self, values: list[Any], level: int = logging.INFO) -> None:
         """Log the event; ``values`` are those of its fields, in order, None for one that is left out."""
         logger, event = self._logger, self._event
         if not logger.isEnabledFor(level):
             return
-        handler, context = _only_handler(logger), _CONTEXT.get()
+        # Who hears the logger is found anew only once the root's handlers have changed.
+        if _ROOT.handlers != self._heard or logger.handlers or logger.filters or logger.parent is not _ROOT:
+            self._handler, self._heard = _only_handler(logger), list(_ROOT.handlers)
+        handler, context = self._handler, _CONTEXT.get()
         if handler is None or context is None or context.secrets:
             log_event(logger, event, level=level, **dict(zip(self._names, values, strict=True)))
             return
         for index in self._foreign:
             text = values[index]
             if text is not None:
-                values[index] = clean_text(text)
+                values[index] = _SCRUBBED[text]
         line = self._make(
-            _timestamp(time.time()),
-            _level_name(level),
-            logger.name,
-            event,
             context.request_id,
             event,
             *values,
@@ -219,7 +224,23 @@ class EventShape:
             context.agent_id,
             context.tool_name,
         )
-        handler.write(_encode(line).decode() + "\n", at_once=level >= logging.WARNING)
+        text = f'{{"timestamp":"{_timestamp(time.time())}{self._heads[level]}{_encode(line)[1:].decode()}\n'
+        if level >= logging.WARNING:
+            handler.write(text)
+        else:
+            handler.write_later(text)
+
+
+class _Heads(dict[int, str]):
+    """What stands between the time and the ids in the lines of one event, by level."""
+
+    def __init__(self, logger: str, event: str) -> None:
+        super().__init__()
+        self._tail = f'","logger":"{logger}","event":"{event}",'
+
+    def __missing__(self, level: int) -> str:
+        self[level] = text = f'","level":"{_level_name(level)}{self._tail}'
+        return text
 
 
 def configure_logging(
@@ -249,8 +270,8 @@ def configure_logging(
 class JsonHandler(logging.Handler):
     """Writes each record as one JSON line; a closed or full stream loses lines, never the request.
 
-    Events below WARNING that are logged inside an event loop are written once it has gone round, together: a system
-    call for each line would cost more than the line.
+    Events below WARNING that are logged inside an event loop are written once it has gone round, together, and those
+    that every call logs within a tenth of a second: a system call for each line would cost more than the line.
     """
 
     def __init__(self, stream: TextIO | None = None, *, exception_text: bool = False) -> None:
@@ -259,6 +280,7 @@ class JsonHandler(logging.Handler):
         self._stream = stream
         self._pending: list[str] = []
         self._due: asyncio.AbstractEventLoop | None = None
+        self._due_later: asyncio.AbstractEventLoop | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line."""
@@ -274,10 +296,21 @@ class JsonHandler(logging.Handler):
             self._due = loop
             loop.call_soon(self.flush)
 
+    def write_later(self, line: str) -> None:
+        """Write a line, newline included, together with those of the next tenth of a second."""
+        self._pending.append(line)
+        if self._due_later is None or self._due_later.is_closed():
+            loop = asyncio._get_running_loop()
+            if loop is None:
+                self.flush()
+            else:
+                self._due_later = loop
+                loop.call_later(_TOGETHER_S, self.flush)
+
     def flush(self) -> None:
         """Write what waits."""
         with self.lock or nullcontext():
-            self._due = None
+            self._due = self._due_later = None
             pending, self._pending = self._pending, []
             if not pending:
                 return
@@ -357,15 +390,12 @@ def _line(
 
 
 def _timestamp(created: float) -> str:
-    second = int(created)
-    return f"{_second(second)}.{int((created - second) * 1000):03d}Z"
+    return f"{datetime.fromtimestamp(created, UTC).isoformat('T', 'milliseconds')[:23]}Z"
 
 
 def clean_text(text: str, longest: int = _LONGEST_TEXT) -> str:
     """Return ``text`` fit for a log: secrets of a known shape masked, unsafe characters escaped, cut at ``longest``."""
-    if len(text) > _SHORT:
-        return _scrub(text, longest)
-    return _scrub_short(text)
+    return _SCRUBBED[text] if longest == _LONGEST_TEXT else _scrub(text, longest)
 
 
 def _scrub(text: str, longest: int) -> str:
@@ -378,10 +408,19 @@ def _scrub(text: str, longest: int) -> str:
     return text
 
 
-@lru_cache(maxsize=2048)
-def _scrub_short(text: str) -> str:
-    """Paths, addresses, user agents, key ids: the same few texts on every line."""
-    return _scrub(text, _LONGEST_TEXT)
+class _Scrubbed(dict[str, str]):
+    """Texts, fit for a log; short ones are kept: paths, addresses, user agents are the same few on every line."""
+
+    def __missing__(self, text: str) -> str:
+        scrubbed = _scrub(text, _LONGEST_TEXT)
+        if len(text) <= _SHORT:
+            if len(self) >= _MOST_SCRUBBED:
+                self.clear()
+            self[text] = scrubbed
+        return scrubbed
+
+
+_SCRUBBED = _Scrubbed()
 
 
 class _EventRecord(logging.LogRecord):
@@ -429,11 +468,6 @@ _BLANK = {
 @lru_cache(maxsize=64)
 def _level_name(level: int) -> str:
     return logging.getLevelName(level).lower()
-
-
-@lru_cache(maxsize=8)
-def _second(second: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
 @lru_cache(maxsize=1024)
