@@ -9,6 +9,8 @@ it, and takes the pieces of a stream without being awaited.
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -75,7 +77,7 @@ class ClientExchange:
         self._waiter: asyncio.Future[None] | None = None
         self._head: bytes | None = None
         self._chunked = False
-        self._left = 0
+        self._left: int | None = 0
         self._partly_read = False
 
     # What the product uses.
@@ -177,6 +179,10 @@ class ClientExchange:
         self._unread = True
         self.wake()
 
+    def received_nothing(self) -> None:
+        """Take the end of the body back, in the turn of the loop in which it was noted."""
+        self._more_body, self._unread = True, False
+
     def wake(self) -> None:
         """Let whoever waits in `receive` look again."""
         if self._waiter is not None and not self._waiter.done():
@@ -202,11 +208,11 @@ class ClientExchange:
         elif not self.keep_alive:
             block += b"connection: close\r\n"
         bodiless = status in (204, 304) or self.scope["method"] == "HEAD"
-        if length is None and not chunked and not bodiless:
-            chunked = True
+        if length is None and not chunked and not bodiless and self.scope["http_version"] != "1.0":
+            chunked = True  # the older version has no chunks: the end of the connection is the end of the answer
             block += b"transfer-encoding: chunked\r\n"
         self._chunked = chunked and not bodiless
-        self._left = 0 if bodiless or length is None else length
+        self._left = 0 if bodiless else length
         self._head = b"%b%b%b\r\n" % (STATUS_LINE[status], self._connection.common_headers(), block)
 
     def _continue(self, message: dict[str, Any]) -> None:
@@ -221,9 +227,10 @@ class ClientExchange:
         elif self.scope["method"] == "HEAD":
             data = b""
         else:
-            self._left -= len(body)
-            if self._left < 0 or (last and self._left):
-                raise RuntimeError("The answer's body is not as long as its content-length says.")
+            if self._left is not None:
+                self._left -= len(body)
+                if self._left < 0 or (last and self._left):
+                    raise RuntimeError("The answer's body is not as long as its content-length says.")
             data = body
         if self._head is not None:
             data = self._head + data
@@ -241,7 +248,10 @@ class ClientExchange:
         if self.disconnected or self.response_complete:
             return
         if self.response_started:
-            self._connection.transport.close()
+            if self._chunked or self._left is not None:
+                self._connection.transport.close()
+            else:
+                self._connection.reset()  # its end would look like that of a whole answer
             return
         headers = [(b"content-type", b"text/plain"), (b"content-length", b"21"), (b"connection", b"close")]
         await self.send({"type": "http.response.start", "status": 500, "headers": headers})
@@ -362,6 +372,13 @@ class HttpConnection(HttpToolsProtocol):
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
+
+    def reset(self) -> None:
+        """Close the connection so that the client notices."""
+        opened = self.transport.get_extra_info("socket")
+        if opened is not None:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
 
     def timeout_keep_alive_handler(self) -> None:
         """Close a connection that was idle for long enough."""

@@ -28,6 +28,7 @@ from gateway.observability.logs import log_event
 
 _LOG = logging.getLogger("api.protocol")
 _JUDGED = frozenset({b"host", b"transfer-encoding"})
+_FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 _HOST = re.compile(rb"[A-Za-z0-9._:\[\]-]{1,255}")
 _TARGET = re.compile(rb"[!-~]*")
 _ALWAYS_SERVED = frozenset({b"/health", b"/healthz", b"/readyz", b"/metrics", b"/metrics/prometheus"})
@@ -83,6 +84,7 @@ class GatewayProtocol(HttpConnection):
         self._is_chunked = False
         self._wrapping = 0
         self._is_extra = False
+        self._is_repeated = False
         self._known_host: bytes | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
@@ -110,16 +112,11 @@ class GatewayProtocol(HttpConnection):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError:
-            self._refuse(
-                InvalidRequest(
-                    "The request is not well-formed HTTP/1.1. The connection is closed.", code="malformed_request"
-                )
-            )
+            self._refuse_shape()
             return
-        except httptools.HttpParserUpgrade:
-            # Nothing is upgraded to; and the parser takes no further request on this connection.
-            if self.cycle is not None:
-                self.cycle.keep_alive = False
+        except httptools.HttpParserUpgrade as upgrade:
+            if not self._read_on(data[upgrade.args[0] :]):
+                return
         if self._in_head:
             self._head_size += len(data)
             if self._head_size > self._limits.head_bytes:
@@ -153,6 +150,8 @@ class GatewayProtocol(HttpConnection):
 
     def on_message_begin(self) -> None:
         """Begin a head."""
+        if self._is_repeated:
+            return
         super().on_message_begin()
         self._in_head = True
         self._head_size = 0
@@ -160,6 +159,8 @@ class GatewayProtocol(HttpConnection):
 
     def on_headers_complete(self) -> None:
         """Serve the request, unless its head is none that this gateway takes."""
+        if self._is_repeated:
+            return
         self._in_head = False
         self._forget_head_timer()
         refusal = self._judge()
@@ -193,7 +194,39 @@ class GatewayProtocol(HttpConnection):
             self._watch_reader()
         super().on_response_complete()
 
+    def _read_on(self, rest: bytes) -> bool:
+        """Parse what follows a head that asks for another protocol; return whether the connection goes on.
+
+        Nothing is upgraded to, but clients ask with ordinary requests (Java's, for HTTP/2, with every POST), and the
+        parser has taken the body for the other protocol's: it hears of the length a second time.
+        """
+        exchange = self.cycle
+        assert exchange is not None, "its head is complete"
+        framing = [field for field in exchange.scope["headers"] if field[0] in _FRAMING and field[1] != b"0"]
+        try:
+            if not framing:
+                exchange.keep_alive = False
+                return True
+            exchange.received_nothing()
+            self._is_repeated = True
+            self.parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % b"".join([b"%b: %b\r\n" % field for field in framing]))
+            self._is_repeated = False
+            self.parser.feed_data(rest)
+        except httptools.HttpParserError:
+            self._refuse_shape()
+            return False
+        except httptools.HttpParserUpgrade as upgrade:
+            return self._read_on(rest[upgrade.args[0] :])
+        return True
+
     # What is refused
+
+    def _refuse_shape(self) -> None:
+        self._refuse(
+            InvalidRequest(
+                "The request is not well-formed HTTP/1.1. The connection is closed.", code="malformed_request"
+            )
+        )
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP."""

@@ -9,13 +9,12 @@ import uuid
 from collections.abc import Mapping
 from functools import partial
 
-import msgspec
 from msgspec import Raw, Struct
 
 from gateway.caching.cache import CacheTable
 from gateway.caching.directives import read_cache_control
 from gateway.caller_context import NOTHING, CallerContext, read_caller_context
-from gateway.chat import CHAT_PATH, ChatRequest, RelayRequest, decode_chat, decode_model, decode_relay
+from gateway.chat import CHAT_PATH, ChatRequest, RelayRequest, decode_chat, decode_model, decode_relay, decode_value
 from gateway.config import Settings
 from gateway.errors import (
     AgentMisconfigured,
@@ -138,7 +137,7 @@ def end_user_of(fields: Mapping[str, Raw]) -> str | None:
     raw = fields.get("user")
     if raw is None:
         return None
-    value = msgspec.json.decode(raw)
+    value = decode_value(raw, "user")
     if isinstance(value, dict):
         value = value.get("id")
     return value[:_LONGEST_USER] if isinstance(value, str) and value else None

@@ -356,6 +356,11 @@ def decode_model(fields: Mapping[str, Raw]) -> str:
     return model
 
 
+def decode_value(raw: Raw, name: str) -> Any:
+    """Return a field's value, whatever it is; raise `InvalidRequest` for what JSON allows and Python cannot hold."""
+    return _decode(raw, Any, name)
+
+
 def decode_flag(fields: Mapping[str, Raw], name: str) -> bool:
     """Return an optional boolean top-level field; absent and null are False."""
     raw = fields.get(name)
@@ -389,7 +394,7 @@ def decode_chat(body: bytes, fields: Mapping[str, Raw]) -> ChatRequest:
     except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidRequest(f"The request body is not valid JSON: {_tidy(error)}.") from error
     _check_agent_fields(request)
-    extra = {name: msgspec.json.decode(raw) for name, raw in fields.items() if name not in OFFICIAL_FIELDS}
+    extra = {str(key): decode_value(raw, str(key)) for key, raw in fields.items() if key not in OFFICIAL_FIELDS}
     return msgspec.structs.replace(request, extra=extra)
 
 

@@ -6,13 +6,13 @@ The last step of admission, after names, rights and policy: speed limits first, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
 from msgspec import Raw
 
-from gateway.chat import COMPLETIONS_PATH, EMBEDDINGS_PATH, RelayRequest
+from gateway.chat import COMPLETIONS_PATH, EMBEDDINGS_PATH, RelayRequest, decode_value
 from gateway.config import Settings
 from gateway.limits.limiter import Limiter
 from gateway.limits.reservation import NOTHING, Estimate
@@ -68,21 +68,22 @@ def _output_tokens(request: RelayRequest, default: int) -> tuple[int, bool]:
     if request.path == EMBEDDINGS_PATH:
         return 0, True
     fields = request.fields
-    promised = _whole(fields.get("max_completion_tokens")) or _whole(fields.get("max_tokens"))
-    answers = max(_whole(fields.get("n")) or 1, _whole(fields.get("best_of")) or 1)
+    promised = _whole(fields, "max_completion_tokens") or _whole(fields, "max_tokens")
+    answers = max(_whole(fields, "n") or 1, _whole(fields, "best_of") or 1)
     if request.path == COMPLETIONS_PATH:
-        prompt = _decoded(fields.get("prompt"))
+        prompt = _decoded(fields, "prompt")
         if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
             answers *= len(prompt)
     return (promised or default) * answers, promised is not None
 
 
-def _whole(raw: Raw | None) -> int | None:
-    value = _decoded(raw)
+def _whole(fields: Mapping[str, Raw], name: str) -> int | None:
+    value = _decoded(fields, name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 1:
         return None
     return min(int(value), 10**9)
 
 
-def _decoded(raw: Raw | None) -> Any:
-    return None if raw is None else msgspec.json.decode(raw)
+def _decoded(fields: Mapping[str, Raw], name: str) -> Any:
+    raw = fields.get(name)
+    return None if raw is None else decode_value(raw, name)

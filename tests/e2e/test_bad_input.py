@@ -33,6 +33,8 @@ BODIES: dict[str, bytes] = {
     "NaN": GOOD.replace('"model"', '"temperature": NaN, "model"').encode(),
     "Infinity": GOOD.replace('"model"', '"temperature": Infinity, "model"').encode(),
     "1e999": GOOD.replace('"model"', '"temperature": 1e999, "model"').encode(),
+    "1e999 as the user": GOOD.replace('"model"', '"user": 1e999, "model"').encode(),
+    "1e999 in a field nobody knows": GOOD.replace('"model"', '"top_k": 1e999, "model"').encode(),
     "bad utf-8": b'{"model": "default/weatheragent", "messages": [{"role": "user", "content": "\xff\xfe"}]}',
     "lone surrogate": b'{"model": "default/weatheragent\\ud800", "messages": [{"role": "user", "content": "hi"}]}',
     "deep array": b'{"model": "default/weatheragent", "messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
@@ -104,7 +106,9 @@ def test_the_field_at_fault_is_named(gateway: Gateway, case: str) -> None:
     assert NAMED[case] in answer.error["message"]
 
 
-@pytest.mark.parametrize("case", ["deep array", "deep object", "duplicate key", "bad utf-8", "NaN"])
+@pytest.mark.parametrize(
+    "case", ["deep array", "deep object", "duplicate key", "bad utf-8", "NaN", "1e999 as the user"]
+)
 def test_a_raw_models_body_is_judged_by_the_same_rules(gateway: Gateway, case: str) -> None:
     body = BODIES[case].replace(b"default/weatheragent", b"local/test-model")
     answer = gateway.request("POST", "/v1/chat/completions", body=body, key=CHAT)

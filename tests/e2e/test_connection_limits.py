@@ -202,6 +202,28 @@ def test_an_upload_that_drips_is_cut(gateway: Gateway) -> None:
     assert b" 408 " in answer[:16], answer
 
 
+@pytest.mark.parametrize("framing", ["Content-Length: 2", "Transfer-Encoding: chunked"])
+def test_a_request_that_asks_for_another_protocol_keeps_its_body(gateway: Gateway, framing: str) -> None:
+    """Java's client asks for HTTP/2 with every POST."""
+    head = request(
+        HOST,
+        f"Authorization: Bearer {KEY}",
+        "Connection: Upgrade, HTTP2-Settings",
+        "Upgrade: h2c",
+        "HTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA",
+        framing,
+        start="POST /v1/chat/completions HTTP/1.1",
+    )
+    body = b"[]" if framing.startswith("C") else b"1\r\n[\r\n1\r\n]\r\n0\r\n\r\n"
+    last = request(HOST, "Connection: close")
+    with closing(connect(gateway)) as connection:
+        connection.sendall(head + body + head + body[:1])
+        connection.sendall(body[1:] + last)
+        answers = read_all(connection)
+    assert answers.count(b"must be one JSON object") == 2, answers
+    assert answers.count(b"HTTP/1.1 200 OK") == 1, answers
+
+
 @pytest.mark.parametrize("flood", [b"0\r\nX-Endless: ", b"1;x="])
 def test_what_wraps_a_body_has_a_limit(gateway: Gateway, flood: bytes) -> None:
     head = request(

@@ -306,3 +306,21 @@ def test_head_has_headers_and_no_body() -> None:
         return socket.sent
 
     assert asyncio.run(main()) == b"HTTP/1.1 200 OK\r\nserver: gw\r\ncontent-length: 8\r\n\r\n"
+
+
+def test_the_older_version_gets_no_chunks() -> None:
+    async def speak(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"one ", "more_body": True})
+        exchange_of(scope).write(b"two ")
+        await send({"type": "http.response.body", "body": b"three"})
+
+    async def main() -> Socket:
+        connection, socket = connect(speak)
+        connection.data_received(b"GET /x HTTP/1.0\r\n\r\n")
+        await settle()
+        return socket
+
+    socket = asyncio.run(main())
+    assert socket.sent == b"HTTP/1.1 200 OK\r\nserver: gw\r\nconnection: close\r\n\r\none two three"
+    assert socket.closed

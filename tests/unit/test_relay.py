@@ -228,7 +228,9 @@ def test_tool_calls_pass(scripted: ScriptedUpstream) -> None:
     assert {part[0]["index"] for part in parts if part} == {0, 1}
 
 
-@pytest.mark.parametrize("usage", [{}, {"prompt_tokens": "many"}, {"prompt_tokens": -1}, [], 7])
+@pytest.mark.parametrize(
+    "usage", [{}, {"prompt_tokens": "many"}, {"prompt_tokens": -1}, {"prompt_tokens": 10**18}, [], 7]
+)
 def test_odd_usage_is_replaced_by_an_estimate(scripted: ScriptedUpstream, usage: Any) -> None:
     scripted.enqueue(Answer(text="x", usage=usage))
     (event,) = relay(scripted)

@@ -233,6 +233,7 @@ def test_only_sane_waits_are_passed_on(scripted: ScriptedUpstream, value: str, s
         ({"message": "busy", "code": "503"}, errors.UpstreamUnavailable, "upstream_unavailable"),
         ("just text", errors.UpstreamError, "upstream_error"),
         (True, errors.UpstreamError, "upstream_error"),
+        (b'{"error": {"message": "no", "x": 1e999}}', errors.UpstreamError, "upstream_error"),
     ],
 )
 def test_error_object_with_status_200_is_mapped(
@@ -240,8 +241,9 @@ def test_error_object_with_status_200_is_mapped(
 ) -> None:
     async def main() -> None:
         async with connected(scripted.base_url) as upstream:
-            stream = [STREAM_HEAD, *sse({"error": error}), b"0\r\n\r\n"]
-            scripted.enqueue(Answer(body={"error": error}), Answer(steps=lambda streamed: stream))
+            body = error if isinstance(error, bytes) else {"error": error}
+            stream = [STREAM_HEAD, *sse(body), b"0\r\n\r\n"]
+            scripted.enqueue(Answer(body=body), Answer(steps=lambda streamed: stream))
             for streamed in (False, True):
                 with pytest.raises(errors.GatewayError) as caught:
                     await _ask(upstream, streamed)

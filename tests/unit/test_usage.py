@@ -149,6 +149,7 @@ def test_prices_have_a_version_that_changes_with_them() -> None:
         (b"application/json", [b'{"text":"hi","usage":{"type":"duration","seconds":9}}'], None),
         (b"application/json", [b'{"text":"\\"usage\\": {\\"input_tokens\\": 5}"}'], None),
         (b"application/json", [b'{"usage":{"input_tokens":-5,"output_tokens":1}}'], None),
+        (b"application/json", [b'{"usage":{"input_tokens":9000000000000000000,"output_tokens":1}}'], None),
         (b"application/json", [b'{"usage":{"input_tokens":1'], None),
         (b"audio/mpeg", [b'"usage":{"input_tokens":1,"output_tokens":1}'], None),
         (None, [], None),

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Raw, Struct
 
-from gateway.chat import STREAMED_PATHS, RelayRequest
+from gateway.chat import STREAMED_PATHS, RelayRequest, decode_value
 from gateway.errors import GatewayError, UpstreamMalformed
 from gateway.events import RelayedBody, RelayedChunk, RelayedHead, RelayEnded, Routed, RunEvent, Usage
 from gateway.observability.traces import OUTPUT_MESSAGES, current_span
@@ -24,7 +24,7 @@ from gateway.run import DirectExecutor, Outlet, RelayedAnswer, Run
 from gateway.upstreams.relaying import OnHead, shown_headers
 from gateway.usage.estimate import estimate_usage
 from gateway.usage.meter import Meter
-from gateway.usage.prices import reported_cost
+from gateway.usage.prices import MOST_TOKENS, reported_cost
 
 CHUNK_KEYS = frozenset(
     {
@@ -175,7 +175,7 @@ class RelayExecutor(DirectExecutor):
         if streamed:
             # The usage numbers are wanted here in any case; a client that did not ask never sees the chunk.
             given = fields.get("stream_options")
-            options = msgspec.json.decode(given) if isinstance(given, Raw) else None
+            options = decode_value(given, "stream_options") if isinstance(given, Raw) else None
             fields["stream"] = True
             fields["stream_options"] = {**(options or {}), "include_usage": True}
         else:
@@ -198,7 +198,7 @@ def _keep_in(heads: list[RelayedHead]) -> OnHead:
     return lambda status, headers: heads.append(RelayedHead(shown_headers(headers)))
 
 
-_Number = Annotated[int, Meta(ge=0)]
+_Number = Annotated[int, Meta(ge=0, le=MOST_TOKENS)]
 
 
 class _Details(Struct):

@@ -7,8 +7,11 @@ socket, whoever is (or is not) reading. Redirects are answers like any other.
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol, cast
 
 import httptools
@@ -28,6 +31,7 @@ READ_AHEAD_BYTES = 64 * 1024
 
 DRAIN_S = 1.0
 DRAIN_BYTES = 64 * 1024
+_READ_BYTES = 64 * 1024
 
 
 _SILENT = "sent nothing for {:g} s in the middle of its answer. Raise timeouts.idle_s of it."
@@ -467,6 +471,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the exchange what the end of the connection means for it."""
+        if exc is not None and self._exchange is not None and not self._lost:
+            self._read_last_words(self._exchange)
         self._lost = True
         self.resume_writing()
         self._owner.discard(self)
@@ -490,6 +496,17 @@ class Connection(asyncio.Protocol):
             exchange.fail(ConnectionClosedEarly())
         if exchange.draining:
             self.settle(exchange)
+
+    def _read_last_words(self, exchange: Exchange) -> None:
+        """Read what had arrived when writing failed: a server that refuses a large body answers, and hangs up."""
+        assert self._socket is not None, "it was connected"
+        opened = self._socket.get_extra_info("socket")
+        if exchange.head_complete or opened is None or self._socket.get_extra_info("ssl_object") is not None:
+            return
+        with suppress(OSError), socket.socket(fileno=os.dup(opened.fileno())) as rest:
+            rest.setblocking(False)
+            while not exchange.complete and (data := rest.recv(_READ_BYTES)):
+                self.data_received(data)
 
     # httptools callbacks
 

@@ -77,7 +77,11 @@ class JsonJudge:
         return UpstreamIncomplete(f"The upstream '{self._upstream}' {what}. Send the request again.")
 
     def _said(self, error: Raw) -> GatewayError:
-        return failure_of_object(self._upstream, msgspec.json.decode(error), secrets=self._secrets)
+        try:
+            said = msgspec.json.decode(error)
+        except (msgspec.DecodeError, RecursionError):
+            said = None  # numbers beyond every float, or depth: that it failed is clear all the same
+        return failure_of_object(self._upstream, said, secrets=self._secrets)
 
 
 class ChatJudge(JsonJudge):

@@ -6,7 +6,7 @@ from gateway.events import Usage
 from gateway.observability.metrics import Metrics
 from gateway.observability.traces import current_span
 from gateway.usage.ledger import Ledger, LedgerRun
-from gateway.usage.prices import PICO, PriceTable
+from gateway.usage.prices import MOST_COST, PICO, PriceTable
 
 OPERATIONS = {"/chat/completions": "chat", "/completions": "text_completion", "/embeddings": "embeddings"}
 
@@ -63,7 +63,7 @@ class Meter:
 
     def _priced(self, usage: Usage, upstream: str, model: str) -> Usage:
         cost = self._prices.cost(upstream, model, usage)
-        if cost is None or cost < 0:
+        if cost is None or not 0 <= cost <= MOST_COST:
             return usage
         return Usage(
             usage.input_tokens,

@@ -32,6 +32,12 @@ PICO = 10**12
 _MOST_USD = 1_000_000
 """A reported cost above this is a mistake, not a cost."""
 
+MOST_TOKENS = 10**12
+"""Usage that an upstream reports beyond this is no usage: it would not fit the ledger, or any purse."""
+
+MOST_COST = _MOST_USD * PICO
+"""A call that would cost more by its prices has no known cost."""
+
 _REMEMBERED = 4_096
 
 Price = Annotated[float, Meta(ge=0, le=1_000_000)]

@@ -10,13 +10,13 @@ import msgspec
 from msgspec import Meta, Struct
 
 from gateway.events import Usage
-from gateway.usage.prices import reported_cost
+from gateway.usage.prices import MOST_TOKENS, reported_cost
 
 _KEPT = 16_384
 """Bytes at the end that are looked at: a picture before them is megabytes, and of no interest."""
 _USAGE = re.compile(rb'(?<!\\)"usage"\s*:\s*(?=\{)')
 _TYPES = (b"application/json", b"text/event-stream")
-_Number = Annotated[int, Meta(ge=0)]
+_Number = Annotated[int, Meta(ge=0, le=MOST_TOKENS)]
 
 
 class _Details(Struct):
