@@ -82,6 +82,12 @@ PROVED: dict[str, tuple[str, ...]] = {
     ),
     "A-03": (CREDENTIALS + "test_every_kind_of_header_is_there_by_its_name",),
     "A-01": (WHO + "test_a_refusal_has_its_ids_and_the_log_knows_whom_it_met",),
+    "A-09": (
+        "e2e/test_providers.py::test_each_is_asked_and_one_that_is_down_takes_nobody_along",
+        "e2e/test_providers.py::test_an_operator_says_what_readiness_needs",
+        WHO + "test_the_key_says_who_one_is",
+        WHO + "test_how_one_shows_who_one_is_needs_no_key",
+    ),
     "A-08": (
         "e2e/test_error_table.py::test_a_failure_is_what_the_table_says",
         "e2e/test_author_exceptions.py::test_wherever_it_is_raised",
@@ -450,8 +456,6 @@ NOT_YET_BUILT: dict[str, frozenset[str]] = {
         *range(90, 103),
         *range(110, 121),
     ),
-    # Of A-09 all is built but what speaks of providers.
-    "health of the primitives": _ids("A", 9),
     "the agent runtime": _ids("R", *range(1, 18)),
     "the workforce backend": _ids(
         "U",

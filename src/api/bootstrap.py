@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from api.edge import Edge
 from api.endpoint_stats import EndpointStats
 from api.mcp.calls import McpCalls
+from api.providers import Needs, check_needs
 from api.shared import share
 from api.states import share_states
 from api.threads import DaemonThreadPool
@@ -96,6 +97,7 @@ class Gateway:
     endpoints: EndpointStats = field(default_factory=EndpointStats)
     loaded: asyncio.Event = field(default_factory=asyncio.Event)
     mcp_calls: McpCalls = field(default_factory=McpCalls)
+    needs: Needs = field(default_factory=Needs)
 
     async def wait_for_agents(self) -> None:
         """Return when the snapshot changed or the first load is complete, whichever comes first."""
@@ -122,6 +124,7 @@ async def open_gateway(
     drop_in_key = f"drop-in-{secrets.token_urlsafe(24)}"
     roots = find_roots(settings)
     check_pepper(settings)
+    check_needs(settings)
     security = load_security(settings)
     metrics = Metrics()
     asyncio.get_running_loop().set_default_executor(DaemonThreadPool())  # the loop closes it when it is closed

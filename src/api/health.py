@@ -29,6 +29,7 @@ _LINKS = {
     "metrics": "/metrics",
     "health": "/health",
     "readiness": "/readyz",
+    "providers": "/api/v1/providers/status",
     "endpoints": "/api/health/endpoints",
     "docs": "/docs",
     "openapi": "/openapi.json",
@@ -53,22 +54,38 @@ async def health(request: Request) -> Response:
 async def ready(request: Request) -> Response:
     """Answer 503 until every agent that was there at start-up has been loaded or given up, and once the process ends.
 
-    A store that is down is shown, and changes nothing: keys, prices and agents are served from memory.
+    What else is down is shown, and changes nothing unless `GATEWAY_READY_NEEDS` names it: keys, prices and agents are
+    served from memory, and a part that is down is down for every replica.
     """
     gateway = request.gateway
     loaded = gateway.loaded.is_set() and gateway.keys.tried.is_set()
     stopping = gateway.engine.ends_at is not None
+    needs = await gateway.needs.look(gateway)
+    lacking = any(
+        word in ("down", "timeout") or (word == "unknown" and need != "store") for need, word in needs.items()
+    )
     body = {
-        "status": "stopping" if stopping else "ready" if loaded else "starting",
+        "status": "stopping" if stopping else "starting" if not loaded else "waiting" if lacking else "ready",
         "service": gateway.settings.project_name,
-        "components": {"agents": "ready" if loaded else "loading", "store": await gateway.store.check()},
+        "components": {
+            "agents": "ready" if loaded else "loading",
+            "store": await gateway.store.check(),
+            "upstreams": _together(gateway),
+        },
+        "needs": needs,
     }
-    return _json(body, 200 if loaded and not stopping else 503)
+    return _json(body, 200 if loaded and not stopping and not lacking else 503)
 
 
 async def endpoints(request: Request) -> Response:
     """Answer how often and how fast each route has answered, in all workers."""
     return _json(summarise(await endpoint_times(request.gateway)))
+
+
+def _together(gateway: Gateway) -> str:
+    """Return how the upstreams are by the last word about each, without asking: ``ok`` where one of them is."""
+    words = {upstream.status.healthy for upstream in gateway.holder.current.upstreams.upstreams.values()}
+    return "ok" if True in words else "unknown" if None in words else "down"
 
 
 def _is_asked_by_admin(request: Request) -> bool:

@@ -14,6 +14,7 @@ from api.mcp.metadata import WELL_KNOWN, protected_resource
 from api.mcp.routes import refuse_stream, serve_mcp
 from api.metrics import metrics, prometheus
 from api.models import get_model, list_models
+from api.providers import list_providers, providers_status
 from api.relayed.routes import NamesModel, create_completion, create_embedding, relayed
 from api.routing import Route, RouteTable
 from api.tools import invoke_tool, list_tools, refresh_tools
@@ -86,9 +87,25 @@ TABLE = RouteTable(
         ),
         Route("GET", "/", "service.overview", "public", "Name, version and links.", overview),
         Route("GET", "/health", "service.health", "public", "Liveness.", health, ("/healthz",)),
-        Route("GET", "/readyz", "service.ready", "public", "Readiness: 503 until the agents are loaded.", ready),
+        Route("GET", "/readyz", "service.ready", "public", "Readiness: 503 until it should get traffic.", ready),
         Route("GET", "/auth/config", "auth.config", "public", "How callers show who they are.", auth_config),
-        Route("GET", "/api/v1/auth/whoami", "auth.whoami", "chat", "Who the key belongs to, and its scopes.", whoami),
+        Route("GET", "/api/v1/auth/whoami", "auth.whoami", "chat", "Who the caller is, and its scopes.", whoami),
+        Route(
+            "GET",
+            "/api/v1/providers",
+            "providers.list",
+            "admin",
+            "What the gateway leans on, by kind: upstreams, tools, store, Redis.",
+            list_providers,
+        ),
+        Route(
+            "GET",
+            "/api/v1/providers/status",
+            "providers.status",
+            "admin",
+            "Ask all of it now whether it is well.",
+            providers_status,
+        ),
         Route(
             "GET",
             "/api/health/endpoints",

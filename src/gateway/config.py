@@ -19,6 +19,7 @@ import yaml
 from gateway.errors import ConfigError
 
 Environment = Literal["development", "production"]
+ReadyNeed = Literal["store", "redis", "upstreams"]
 
 _HOME = Path(__file__).resolve().parents[1]
 """``src/`` of a checkout, or site-packages of an installation."""
@@ -76,6 +77,12 @@ class Settings:
         "Origins of web pages that may call the gateway (`https://app.example.com`), comma-separated; `*` allows all, "
         "without credentials.",
         aliases=("CORS_ORIGINS",),
+    )
+    ready_needs: tuple[ReadyNeed, ...] = setting(
+        "GATEWAY_READY_NEEDS",
+        (),
+        "What must be well for `/readyz` to be 200, beside the agents: `store`, `redis`, `upstreams` (one of them), "
+        "comma-separated; nothing by default, because a part that is down is down for every replica.",
     )
     head_timeout_s: float = setting(
         "GATEWAY_REQUEST_HEAD_TIMEOUT_S", 10.0, "Seconds a client may take to send the head of a request."
@@ -417,7 +424,8 @@ def _parse(name: str, text: str, hint: Any) -> Any:
     if kind is Path:
         return Path(text).expanduser()
     if typing.get_origin(kind) is tuple:
-        return tuple(part.strip() for part in text.split(",") if part.strip())
+        parts = tuple(part.strip() for part in text.split(",") if part.strip())
+        return tuple(_parse(name, part, typing.get_args(kind)[0]) for part in parts)
     if typing.get_origin(kind) is Literal:
         allowed = typing.get_args(kind)
         if text not in allowed:

@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import json
 import ssl
+from typing import Any
 from urllib.parse import urlsplit
 
 from gateway.config import Settings
+from gateway_cli.credentials import find_key
 from gateway_cli.errors import CliError
 
 _TIMEOUT_S = 5.0
+_ALL_ASKED_S = 20.0
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what `/health`, or `/readyz`, answers; return 1 unless it is 200."""
-    url = arguments.url or local_address(Settings.from_env())
-    path = "/readyz" if arguments.ready else "/health"
+    """Print what `/health`, `/readyz` or the providers' status answers; return 1 unless it is good."""
+    settings = Settings.from_env()
+    url = arguments.url or local_address(settings)
+    path = "/api/v1/providers/status" if arguments.providers else "/readyz" if arguments.ready else "/health"
+    key = (arguments.key or find_key(settings, url)) if arguments.providers else None
     try:
-        status = _ask(url, path)
+        status, body = _ask(url, path, key)
     except (OSError, http.client.HTTPException) as error:
         raise CliError(f"{url} does not answer ({error}).") from error
-    print(f"{url}{path}: {status}")
-    return 0 if status == 200 else 1
+    if status in (401, 403):
+        raise CliError(f"{url} wants an admin key for this; give one with --key or GATEWAY_API_KEY.")
+    said = body.get("status")
+    print(f"{url}{path}: {status}{f' {said}' if isinstance(said, str) else ''}")
+    parts = _parts(body)
+    width = max(map(len, parts), default=0)
+    for name, word in parts.items():
+        print(f"  {name:<{width}}  {word}")
+    return 0 if status == 200 and said != "degraded" else 1
 
 
 def local_address(settings: Settings) -> str:
@@ -32,17 +45,38 @@ def local_address(settings: Settings) -> str:
     return f"{scheme}://[{host}]:{settings.port}" if ":" in host else f"{scheme}://{host}:{settings.port}"
 
 
-def _ask(url: str, path: str) -> int:
+def _parts(body: dict[str, Any]) -> dict[str, str]:
+    """Return what an answer says of each part, by its name."""
+    found: dict[str, str] = {}
+    for group in ("components", "needs", "checks"):
+        parts = body.get(group)
+        if isinstance(parts, dict):
+            before = "needs " if group == "needs" else ""
+            found |= {f"{before}{name}": word for name, word in parts.items() if isinstance(word, str)}
+    return found
+
+
+def _ask(url: str, path: str, key: str | None) -> tuple[int, dict[str, Any]]:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise CliError(f"{url} is not an address; write http://HOST:PORT.", status=2)
-    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=_TIMEOUT_S)
+    timeout_s = _ALL_ASKED_S if key else _TIMEOUT_S
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout_s)
     if parts.scheme == "https":
         # The certificate is for the name that clients use; here the question is only whether somebody serves.
         context = ssl._create_unverified_context()
-        connection = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=_TIMEOUT_S, context=context)
+        connection = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=timeout_s, context=context)
     try:
-        connection.request("GET", path)
-        return connection.getresponse().status
+        connection.request("GET", path, headers={"x-api-key": key} if key else {})
+        answer = connection.getresponse()
+        return answer.status, _decoded(answer.read())
     finally:
         connection.close()
+
+
+def _decoded(body: bytes) -> dict[str, Any]:
+    try:
+        decoded = json.loads(body)
+    except ValueError:
+        return {}
+    return decoded if isinstance(decoded, dict) else {}

@@ -120,7 +120,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     health = _command(commands, "health", "health", "Say whether the gateway on this machine serves.")
     health.add_argument("--url", help="address of the gateway (default: by GATEWAY_HOST and GATEWAY_PORT)")
-    health.add_argument("--ready", action="store_true", help="ask whether it should get traffic, not only if it lives")
+    asked = health.add_mutually_exclusive_group()
+    asked.add_argument("--ready", action="store_true", help="ask whether it should get traffic, not only if it lives")
+    asked.add_argument("--providers", action="store_true", help="ask upstreams, tools, store and Redis; needs --key")
+    health.add_argument("--key", help="admin key for --providers (default: GATEWAY_API_KEY, or that of development)")
 
     audit = _command(commands, "audit", "audit", "Look for weak keys, forgotten modules and vulnerable packages.")
     audit.add_argument("--path", type=Path, help="folder of agents (default: ./src/agents, else ./agents)")

@@ -19,6 +19,7 @@ def test_the_key_says_who_one_is(gateway: Gateway) -> None:
         "groups": ["default"],
         "scopes": ["chat"],
         "key_id": "narrow",
+        "issuer": None,
     }
     admin = gateway.get("/api/v1/auth/whoami", key=ADMIN)
     assert admin.json()["is_admin"] is True and admin.json()["scopes"] == ["admin", "chat"]
@@ -28,7 +29,7 @@ def test_the_key_says_who_one_is(gateway: Gateway) -> None:
 
 def test_how_one_shows_who_one_is_needs_no_key(gateway: Gateway) -> None:
     answer = gateway.get("/auth/config", key="")
-    assert answer.json() == {"type": "api_key", "headers": ["authorization: Bearer", "x-api-key"]}
+    assert answer.json() == {"type": "api_key", "headers": ["authorization: Bearer", "x-api-key"], "issuers": []}
 
 
 def test_a_refusal_has_its_ids_and_the_log_knows_whom_it_met(gateway: Gateway) -> None:

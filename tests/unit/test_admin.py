@@ -18,18 +18,29 @@ from api.bootstrap import Gateway
 from api.client import Client
 from api.health import health, overview, ready
 from api.metrics import metrics, prometheus
+from api.providers import Needs
 from api.route_table import TABLE
 from api.routing import Request, Response, Route, RouteTable
 from api.shared import share
 from gateway import __version__
 from gateway.config import Settings
-from gateway.errors import NotFound, ServiceUnavailable
+from gateway.errors import (
+    GatewayError,
+    NotFound,
+    ServiceUnavailable,
+    UpstreamAuthFailed,
+    UpstreamRateLimited,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+    UpstreamUnreachable,
+)
 from gateway.observability.metrics import Metrics
 from gateway.observability.recent import ErrorRecord, RecentErrors
 from gateway.refreshing import Refresher
 from gateway.registry.entry import AgentEntry, AgentOptions, Diagnostic
 from gateway.registry.registry import Registry
 from gateway.security.throttle import FailureThrottle
+from gateway.upstreams.status import UpstreamStatus
 from gateway.workers.workers import Workers
 from tests.support.asgi import Answer, call
 
@@ -69,6 +80,20 @@ def entry(name: str, **fields: Any) -> AgentEntry:
     return AgentEntry(id=f"default/{name}", namespace="default", name=name, **given)
 
 
+class FakeUpstream:
+    """Stands in for an upstream: counts how often it was asked, and fails while it is told to."""
+
+    def __init__(self, error: GatewayError | None = None) -> None:
+        self.name, self.error, self.asked = "fake", error, 0
+        self.status = UpstreamStatus()
+
+    async def probe(self) -> None:
+        self.asked += 1
+        await asyncio.sleep(0)
+        if self.error is not None:
+            raise self.error
+
+
 class Reloader:
     """Stands in for the watcher: counts, or fails."""
 
@@ -82,7 +107,7 @@ class Reloader:
         self.refreshed += 1
 
 
-def gateway(*, loaded: bool = True, settings: Settings | None = None) -> Any:
+def gateway(*, loaded: bool = True, settings: Settings | None = None, **upstreams: FakeUpstream) -> Any:
     registry = Registry.build(
         [
             entry("good", diagnostics=(WARNING,)),
@@ -101,7 +126,9 @@ def gateway(*, loaded: bool = True, settings: Settings | None = None) -> Any:
     )
     made = SimpleNamespace(
         settings=settings or Settings(),
-        holder=SimpleNamespace(current=SimpleNamespace(registry=registry)),
+        holder=SimpleNamespace(
+            current=SimpleNamespace(registry=registry, upstreams=SimpleNamespace(upstreams=dict(upstreams)))
+        ),
         metrics=Metrics(),
         engine=SimpleNamespace(recent_errors=RecentErrors(), ends_at=None),
         catalogue=SimpleNamespace(recent_errors=lambda: (BROKEN,)),
@@ -113,6 +140,7 @@ def gateway(*, loaded: bool = True, settings: Settings | None = None) -> Any:
         keys=SimpleNamespace(tried=tried),
         throttle=FailureThrottle(100),
         loaded=event,
+        needs=Needs(),
     )
     share(cast("Gateway", made))
     return made
@@ -358,6 +386,46 @@ def test_readiness_is_503_until_the_agents_are_loaded() -> None:
     assert (early.status, late.status) == (503, 200)
     assert msgspec.json.decode(early.body)["components"]["agents"] == "loading"
     assert msgspec.json.decode(late.body)["status"] == "ready"
+
+
+def look(needs: Needs, gate: Any, times: int = 1) -> list[dict[str, str]]:
+    async def ask_all() -> list[dict[str, str]]:
+        return list(await asyncio.gather(*(needs.look(gate) for _ in range(times))))
+
+    return asyncio.run(ask_all())
+
+
+def test_readiness_asks_for_what_it_needs_once_for_all_who_ask_and_not_again_at_once() -> None:
+    one, other = FakeUpstream(UpstreamUnreachable("gone")), FakeUpstream()
+    gate = gateway(settings=Settings(ready_needs=("upstreams",)), one=one, other=other)
+    needs = Needs(kept_s=60)
+    assert look(needs, gate, 20) == [{"upstreams": "ok"}] * 20, "one of them is enough"
+    assert look(needs, gate) == [{"upstreams": "ok"}]
+    assert (one.asked, other.asked) == (1, 1)
+    assert (one.status.healthy, other.status.healthy) == (False, True), "routing knows it, too"
+
+
+@pytest.mark.parametrize(
+    ("error", "word"),
+    [
+        (UpstreamUnreachable("x"), "down"),
+        (UpstreamTimeout("x"), "timeout"),
+        (UpstreamAuthFailed("x"), "reachable"),
+        (UpstreamRateLimited("x"), "reachable"),
+        (UpstreamUnavailable("x"), "down"),
+    ],
+)
+def test_how_an_upstream_failed_is_one_word(error: GatewayError, word: str) -> None:
+    gate = gateway(settings=Settings(ready_needs=("upstreams",)), one=FakeUpstream(error))
+    gate.needs = Needs(kept_s=0)
+    answer = plain(ready, gate)
+    body = msgspec.json.decode(answer.body)
+    assert body["needs"] == {"upstreams": word}
+    assert answer.status == (200 if word == "reachable" else 503)
+    assert body["status"] == ("ready" if word == "reachable" else "waiting")
+    gate.holder.current.upstreams.upstreams["one"].error = None
+    assert plain(ready, gate).status == 200, "it is well again"
+    assert plain(ready, gateway(one=FakeUpstream(error))).status == 200, "nothing is needed unless the operator says so"
 
 
 def test_metrics_come_in_the_format_that_is_asked_for() -> None:

@@ -77,3 +77,11 @@ def test_an_empty_yaml_file_is_an_empty_mapping(tmp_path: Path) -> None:
     path = tmp_path / "f.yaml"
     path.write_text("# nothing yet\n")
     assert load_yaml(path, _File) == _File()
+
+
+def test_what_readiness_needs_is_named_by_known_words() -> None:
+    assert Settings.from_env({"GATEWAY_READY_NEEDS": "store, redis"}).ready_needs == ("store", "redis")
+    with pytest.raises(
+        ConfigError, match="GATEWAY_READY_NEEDS='reddis' is not accepted; use store or redis or upstreams"
+    ):
+        Settings.from_env({"GATEWAY_READY_NEEDS": "store,reddis"})

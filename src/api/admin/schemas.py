@@ -260,7 +260,46 @@ COMPONENTS: dict[str, Any] = {
     ),
     "McpApproval": _object({"server": _STRING, "approved": _list(_STRING)}),
     "Health": _object({"status": _STRING, "service": _STRING}),
-    "Readiness": _object({"status": _STRING, "service": _STRING, "components": {"type": "object"}}),
+    "Readiness": _object(
+        {
+            "status": {"enum": ["starting", "ready", "waiting", "stopping"]},
+            "service": _STRING,
+            "components": {"type": "object", "additionalProperties": _STRING},
+            "needs": {"type": "object", "additionalProperties": _ref("ProviderStatus")},
+        }
+    ),
+    "ProviderStatus": {"enum": ["ok", "reachable", "down", "timeout", "unknown"]},
+    "Providers": {
+        "type": "object",
+        "description": "By kind.",
+        "additionalProperties": _object(
+            {"default": {"type": ["string", "null"]}, "available": {"type": "array", "items": _STRING}}
+        ),
+    },
+    "ProvidersStatus": _object(
+        {
+            "status": {"enum": ["ok", "degraded"]},
+            "checks": {"type": "object", "additionalProperties": _ref("ProviderStatus")},
+        }
+    ),
+    "AuthConfig": _object(
+        {
+            "type": {"enum": ["api_key", "jwt"]},
+            "headers": {"type": "array", "items": _STRING},
+            "issuers": {"type": "array", "items": _STRING},
+        }
+    ),
+    "Caller": _object(
+        {
+            "id": _STRING,
+            "type": {"enum": ["api_key", "jwt"]},
+            "is_admin": {"type": "boolean"},
+            "groups": {"type": "array", "items": _STRING},
+            "scopes": {"type": "array", "items": _STRING},
+            "key_id": _STRING,
+            "issuer": {"type": ["string", "null"]},
+        }
+    ),
     "Overview": _object({"status": _STRING, "service": _STRING, "version": _STRING, "links": {"type": "object"}}),
     "MetricsSnapshot": _object(
         {
@@ -312,8 +351,12 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "service.health": {"200": _answer("The process serves.", json=_ref("Health"))},
     "service.ready": {
         "200": _answer("Every agent is loaded.", json=_ref("Readiness")),
-        "503": _answer("Agents are still loading.", json=_ref("Readiness")),
+        "503": _answer("Agents are still loading, or what it needs is down.", json=_ref("Readiness")),
     },
+    "auth.config": {"200": _answer("How to show who one is.", json=_ref("AuthConfig"))},
+    "auth.whoami": {"200": _answer("The caller.", json=_ref("Caller"))},
+    "providers.list": {"200": _answer("Names by kind.", json=_ref("Providers"))},
+    "providers.status": {"200": _answer("How each is.", json=_ref("ProvidersStatus"))},
     "service.docs": {"200": _answer("A page.", html=_STRING)},
     "service.openapi": {"200": _answer("This document.", json={"type": "object"})},
     "metrics.read": {"200": _answer("The totals.", json=_ref("MetricsSnapshot"), text=_STRING, openmetrics=_STRING)},
