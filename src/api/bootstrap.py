@@ -6,7 +6,7 @@ import asyncio
 import importlib
 import os
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -19,7 +19,7 @@ from api.states import share_states
 from api.threads import DaemonThreadPool
 from gateway.caching.cache import ResponseCache
 from gateway.caching.config import load_cache
-from gateway.config import Settings
+from gateway.config import ConfigFile, Settings, reading_config
 from gateway.errors import ConfigError
 from gateway.limits.limiter import Limiter
 from gateway.limits.opening import TABLES as LIMIT_TABLES
@@ -57,6 +57,7 @@ from gateway.upstreams.table import UpstreamTable, open_upstreams
 from gateway.usage.ledger import Ledger, open_ledger
 from gateway.usage.meter import Meter
 from gateway.usage.prices import load_prices
+from gateway.workers.keeping import ConfigKeeper, log_differences
 from gateway.workers.workers import Workers
 from sdk_adapter.loader import SdkLoader
 from sdk_adapter.services import AdapterServices
@@ -94,6 +95,7 @@ class Gateway:
     ledger: Ledger | None
     keys: KeyBook
     tracer: Tracer | None
+    keeper: ConfigKeeper
     endpoints: EndpointStats = field(default_factory=EndpointStats)
     loaded: asyncio.Event = field(default_factory=asyncio.Event)
     mcp_calls: McpCalls = field(default_factory=McpCalls)
@@ -125,11 +127,14 @@ async def open_gateway(
     roots = find_roots(settings)
     check_pepper(settings)
     check_needs(settings)
-    security = load_security(settings)
+    keeper = ConfigKeeper(workers)
+    kept = await keeper.fetch()
     metrics = Metrics()
     asyncio.get_running_loop().set_default_executor(DaemonThreadPool())  # the loop closes it when it is closed
     async with AsyncExitStack() as stack:
         stack.callback(log.flush)
+        reading = stack.enter_context(reading_config(kept))
+        security = load_security(settings)
         store = await stack.enter_async_context(Store(database_url(settings), STORE_MODULES))
         keys = KeyBook(store, settings.key_pepper)
         issuers = await stack.enter_async_context(open_issuers(settings))
@@ -184,6 +189,7 @@ async def open_gateway(
 
         def publish(registry: Registry) -> None:
             holder.swap(registry=registry)
+            keeper.keep(catalogue.declared_in)
 
         catalogue = await stack.enter_async_context(
             AgentCatalogue(settings, loader, roots, publish=publish, metrics=metrics)
@@ -194,6 +200,7 @@ async def open_gateway(
 
         discovery = ModelDiscovery(upstreams, publish_models, interval_s=settings.upstream_discovery_s)
 
+        @keeper.keeping
         async def reload_upstreams() -> None:
             fresh = load_upstreams(settings)
             rules = load_routing(settings, _names(fresh))  # before anything changes: it may name what is gone
@@ -202,12 +209,15 @@ async def open_gateway(
             discovery.wake()
             await catalogue.recheck()
 
+        @keeper.keeping
         async def reload_prices() -> None:
             holder.swap(meter=read_prices())
 
+        @keeper.keeping
         async def reload_cache() -> None:
             holder.swap(cache=await answers.follow(load_cache(settings)))
 
+        @keeper.keeping
         async def refresh_upstreams() -> None:
             meter = read_prices()  # before anything changes, as above
             kept = load_cache(settings)
@@ -223,6 +233,7 @@ async def open_gateway(
 
         keys.on_change = publish_keys
 
+        @keeper.keeping
         async def reload_security() -> None:
             nonlocal security, tokens
             read = load_security(settings)
@@ -236,10 +247,12 @@ async def open_gateway(
             loader.policy = _module_policy(settings, fresh.defaults)
             await catalogue.recheck()
 
+        @keeper.keeping
         async def reload_tools() -> None:
             await tools.reload()
             await catalogue.recheck()
 
+        @keeper.keeping
         async def refresh_tools() -> None:
             await tools.refresh()
             await catalogue.recheck()
@@ -297,20 +310,27 @@ async def open_gateway(
             keys=keys,
             limiter=limiter,
             tracer=tracer,
+            keeper=keeper,
         )
+        reading.end()
+        keeper.keep(reading.files)
+        log_differences(kept)
+        if workers.is_alone:
+            metrics.workers(serving=1, wanted=1)
         share(gateway)
         share_states(gateway)
-        await stack.enter_async_context(_background(gateway, watch=bool(watched)))
+        await stack.enter_async_context(_background(gateway, kept, watch=bool(watched)))
         yield gateway
 
 
 @asynccontextmanager
-async def _background(gateway: Gateway, *, watch: bool) -> AsyncIterator[None]:
+async def _background(gateway: Gateway, kept: Mapping[str, ConfigFile], *, watch: bool) -> AsyncIterator[None]:
     """Load the agents, then watch; both end with the gateway."""
 
     async def work() -> None:
         try:
-            await gateway.catalogue.refresh()
+            with reading_config(kept):
+                await gateway.catalogue.refresh()
         finally:
             gateway.loaded.set()
 

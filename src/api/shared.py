@@ -60,9 +60,10 @@ def share(gateway: Gateway) -> None:
 
 
 async def catch_up(gateway: Gateway) -> None:
-    """Take over what the other workers were told before this one began."""
+    """Take over what the other workers were told before this one began, and read again what changed since it did."""
     if gateway.workers.is_alone:
         return
+    await gateway.refresher.reload_files(await gateway.keeper.changed())
     with suppress(CallFailed):
         for reply in await gateway.workers.everywhere("override.list"):
             for override in msgspec.convert(reply.value or [], list[Override]):

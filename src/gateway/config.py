@@ -9,6 +9,7 @@ import sys
 import types
 import typing
 from collections.abc import Mapping
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -25,6 +26,78 @@ _HOME = Path(__file__).resolve().parents[1]
 """``src/`` of a checkout, or site-packages of an installation."""
 
 T = TypeVar("T")
+
+
+class ConfigFile(msgspec.Struct, frozen=True):
+    """A YAML file as it was read; ``path`` None says that there was none."""
+
+    path: str | None
+    text: str = ""
+
+
+class reading_config:
+    """Inside ``with``, notes in ``files`` the YAML files that are read without error, by name.
+
+    ``kept`` files are taken as they are there, whatever the disk says; a ``with`` inside another one keeps what that
+    one does. Tasks that are started inside and go on afterwards read the disk.
+    """
+
+    def __init__(self, kept: Mapping[str, ConfigFile] | None = None) -> None:
+        self.files: dict[str, ConfigFile] = {}
+        self._kept = kept
+        self._texts: dict[str, str] = {}
+        self._names: dict[str, str] = {}
+        self._token: Token[reading_config | None] | None = None
+
+    def __enter__(self) -> reading_config:
+        outer = _reading()
+        if self._kept is None:
+            self._kept = outer._kept if outer is not None else None
+        self._texts = {file.path: file.text for file in (self._kept or {}).values() if file.path is not None}
+        self._token = _READING.set(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the ``with`` has been left."""
+        return self._token is None
+
+    def end(self) -> None:
+        """Leave; a second time does nothing."""
+        token, self._token = self._token, None
+        if token is not None:
+            _READING.reset(token)
+
+    def find(self, name: str) -> ConfigFile | None:
+        """Return the file that is kept under a name."""
+        return self._kept.get(name) if self._kept is not None else None
+
+    def found(self, name: str, path: Path | None) -> None:
+        """Note where a file is."""
+        if path is None:
+            self.files[name] = ConfigFile(None)
+        else:
+            self._names[str(path)] = name
+
+    def text_of(self, path: Path) -> str | None:
+        """Return the text of a file that is kept."""
+        return self._texts.get(str(path))
+
+    def read(self, path: Path, text: str) -> None:
+        """Note what a file holds."""
+        if (name := self._names.get(str(path))) is not None:
+            self.files[name] = ConfigFile(str(path), text)
+
+
+_READING: ContextVar[reading_config | None] = ContextVar("gateway_reading_config", default=None)
+
+
+def _reading() -> reading_config | None:
+    reading = _READING.get()
+    return None if reading is None or reading.is_over else reading
 
 
 def setting(env: str, default: Any, doc: str, *, aliases: tuple[str, ...] = ()) -> Any:
@@ -342,9 +415,19 @@ class Settings:
     def config_file(self, name: str) -> Path | None:
         """Find ``name`` (``security.yaml`` …).
 
-        Looked at in order: its variable, ``config/`` beside the agents folder, the checkout, the packaged defaults.
-        An explicitly named file that does not exist is a `ConfigError`; otherwise None means "there is none".
+        A file that is kept (`reading_config`) is where it was. Else looked at in order: its variable, ``config/``
+        beside the agents folder, the checkout, the packaged defaults. An explicitly named file that does not exist is
+        a `ConfigError`; otherwise None means "there is none".
         """
+        reading = _reading()
+        if reading is None:
+            return self._on_disk(name)
+        kept = reading.find(name)
+        path = self._on_disk(name) if kept is None else None if kept.path is None else Path(kept.path)
+        reading.found(name, path)
+        return path
+
+    def _on_disk(self, name: str) -> Path | None:
         explicit = {
             "agents.yaml": self.agent_config,
             "upstreams.yaml": self.upstream_config,
@@ -373,7 +456,7 @@ def load_yaml(path: Path, type_: type[T]) -> T:
     (naming the nearest known one). An empty file is an empty mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = config_text(path)
         tree, data = _parsed(text)
     except OSError as error:
         raise ConfigError(f"{path.name}: cannot be read ({error.strerror}).") from error
@@ -385,12 +468,22 @@ def load_yaml(path: Path, type_: type[T]) -> T:
     data = {} if data is None else data
     _refuse_unknown_keys(data, type_, path.name, tree, ())
     try:
-        return msgspec.convert(data, type=type_)
+        found = msgspec.convert(data, type=type_)
     except msgspec.ValidationError as error:
         message, _, at = str(error).partition(" - at `$")
         keys = _split_path(at.rstrip("`"))
         name = at.rstrip("`").lstrip(".") or "the file"
         raise ConfigError(f"{path.name}:{_line(tree, keys)}: {name}: {message.replace('`', chr(39))}.") from error
+    if (reading := _reading()) is not None:
+        reading.read(path, text)
+    return found
+
+
+def config_text(path: Path) -> str:
+    """Return what a YAML file holds, or held when it was kept; raise `OSError` and `UnicodeDecodeError`."""
+    reading = _reading()
+    kept = reading.text_of(path) if reading is not None else None
+    return path.read_text(encoding="utf-8") if kept is None else kept
 
 
 def _parsed(text: str) -> tuple[Any, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Literal
 
@@ -82,9 +82,14 @@ class Refresher:
 
     async def reload_everything(self) -> None:
         """Read every file and every agent again, in this process; what is wrong is logged, and the old holds."""
+        await self.reload_files(self._files)
+        await self._parts["agents"][0]()
+
+    async def reload_files(self, names: Collection[str]) -> None:
+        """Read these files again, in this process; what is wrong is logged, and the old holds."""
         done: set[Reload] = set()
         for name, reload in self._files.items():
-            if reload in done:
+            if reload in done or name not in names:
                 continue
             done.add(reload)
             try:
@@ -93,7 +98,8 @@ class Refresher:
                 log_event(_LOG, "config.reload.failed", level=logging.ERROR, file=name, message=error.message)
             else:
                 log_event(_LOG, "config.reload.done", file=name)
-        await self._parts["agents"][0]()
+        if "agents.yaml" in names:
+            await self._parts["agents"][0]()
 
     async def _here(self, part: Part) -> str:
         """Reload a part in this process and return the hash of what it serves now."""

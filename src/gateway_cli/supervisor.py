@@ -55,6 +55,7 @@ class _Slot:
     serves: bool = False
     pause_s: float = _FIRST_PAUSE_S
     refusal: str | None = None
+    stalled: bool = False
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
 
@@ -104,6 +105,7 @@ class Supervisor:
                 pause_s = 0.0
             else:
                 pause_s, slot.pause_s = slot.pause_s, min(slot.pause_s * 2, _LONGEST_PAUSE_S)
+            self._hub.metrics.worker_restarted(_reason(slot))
             log_event(
                 _LOG,
                 "worker.died",
@@ -113,6 +115,8 @@ class Supervisor:
                 pid=slot.process.pid,
                 exit_code=slot.process.returncode,
                 restart_in_s=pause_s,
+                serving=self._hub.serving,
+                of=len(self._slots),
             )
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause_s or 0.001)
@@ -120,7 +124,7 @@ class Supervisor:
     async def _fill(self, slot: _Slot) -> None:
         """Start a worker and wait for its end."""
         ours, theirs = socket.socketpair()
-        slot.serves, slot.refusal = False, None
+        slot.serves, slot.refusal, slot.stalled = False, None, False
         with theirs:
             slot.process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -148,11 +152,13 @@ class Supervisor:
                 task.cancel()
             await asyncio.wait(work)
             self._hub.detach(slot.number, peer)
+            self._count()
 
     def _prepare(self, slot: _Slot, peer: Peer) -> None:
         async def serves(pid: int) -> None:
             slot.serves = True
             self._hub.attach(slot.number, pid, peer)
+            self._count()
             log_event(_LOG, "worker.serving", slot=slot.number, pid=pid)
             if not self._has_served:
                 self._has_served = True
@@ -160,6 +166,7 @@ class Supervisor:
 
         async def refused(message: str) -> None:
             slot.refusal = message
+            self._hub.refused(slot.number)
 
         self._hub.prepare(peer)
         peer.handle("worker.serves", serves)
@@ -184,8 +191,12 @@ class Supervisor:
                         pid=slot.process.pid,
                         after_s=limit,
                     )
+                    slot.stalled = True
                     slot.process.kill()
                 return
+
+    def _count(self) -> None:
+        self._hub.metrics.workers(serving=self._hub.serving, wanted=len(self._slots))
 
     def _environment(self) -> dict[str, str]:
         settings = self._settings
@@ -236,6 +247,15 @@ class Supervisor:
                     slot=reply.slot,
                     pid=reply.pid,
                 )
+
+
+def _reason(slot: _Slot) -> str:
+    assert slot.process is not None
+    if slot.refusal is not None:
+        return "refused"
+    if slot.stalled:
+        return "stalled"
+    return "killed" if (slot.process.returncode or 0) < 0 else "exited"
 
 
 def _how(code: int | None) -> str:

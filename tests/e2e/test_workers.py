@@ -153,6 +153,74 @@ def test_a_refresh_reaches_every_worker_and_says_what_all_serve(home: Path, upst
         assert (agents.status, agents.headers.get("x-gateway-workers")) == (200, "4"), agents.body
 
 
+def test_a_worker_that_dies_while_files_are_wrong_comes_back_with_what_the_others_serve(
+    home: Path, upstream: ScriptedUpstream
+) -> None:
+    """Every file at once, those that were not there included; then all workers at once; then the files are mended."""
+    (home / "agents.yaml").write_text(
+        "version: 1\nagents:\n  - {name: kept, instructions: Help., upstream: up, model: m}\n", encoding="utf-8"
+    )
+    env = ENV | {"GATEWAY_AGENT_CONFIG": str(home / "agents.yaml"), "GATEWAY_AGENT_AUTO_RELOAD": "1"}
+    with running_gateway(home, env=env, key=KEY, command=serve(2)) as gateway:
+        pids = serving(gateway, 2)
+        good = {name: (home / name).read_text() for name in ("upstreams.yaml", "security.yaml", "agents.yaml")}
+        (home / "config").mkdir()
+        for name in (*good, "config/prices.yaml", "config/routing.yaml", "config/cache.yaml", "config/tools.yaml"):
+            (home / name).write_text("version: 1\nwrong: [\n", encoding="utf-8")
+        for name in good:
+            failed = "agent.config.failed" if name == "agents.yaml" else "config.reload.failed"
+            gateway.logged(failed, count=2, file=name)
+
+        def answers() -> set[int]:
+            return {gateway.post("/v1/chat/completions", CALL).status for _ in range(8)}
+
+        os.kill(pids[0], signal.SIGKILL)
+        gateway.logged("worker.serving", count=3)
+        assert answers() == {200}
+        (kept,) = gateway.logged("config.kept")
+        assert kept["files"] == ["agents.yaml", "security.yaml", "upstreams.yaml"]
+        for pid in serving(gateway, 2).values():
+            os.kill(pid, signal.SIGKILL)
+        gateway.logged("worker.serving", count=5)
+        assert answers() == {200}
+        for name, text in good.items():
+            (home / name).write_text(text, encoding="utf-8")
+        shutil.rmtree(home / "config")
+        write_upstream(home, upstream, name="other")
+        assert gateway.post("/upstreams/refresh").status == 200
+        moved = CALL | {"model": "other/m"}
+        assert {gateway.post("/v1/chat/completions", moved).status for _ in range(8)} == {200}
+        text = gateway.get("/metrics/prometheus").body.decode()
+        assert 'agent_gateway_worker_restarts_total{reason="killed"} 3.0' in text
+        assert 'agent_gateway_workers{state="serving"} 2.0' in text, [x for x in text.splitlines() if "_worker" in x]
+
+
+def test_a_worker_that_cannot_start_is_tried_again_and_again_and_said(home: Path) -> None:
+    """Where what it needs is gone, no text that was kept helps: the others serve, and everybody is told."""
+    secret = home / "secret"
+    secret.write_text("s", encoding="utf-8")
+    entry = f"{{name: t, provider: http, url: 'https://x.example', headers: {{x-k: 'file:{secret}'}}}}"
+    (home / "tools.yaml").write_text(f"version: 1\ntools: [{entry}]\n", encoding="utf-8")
+    env = ENV | {"GATEWAY_TOOL_CONFIG": str(home / "tools.yaml")}
+    with running_gateway(home, env=env, key=KEY, command=serve(2)) as gateway:
+        pids = serving(gateway, 2)
+        secret.rename(home / "away")
+        os.kill(pids[1], signal.SIGKILL)
+        tried = gateway.logged("worker.died", count=3, slot=1)[1:]
+        assert all("the secret file secret cannot be read" in line["message"] for line in tried)
+        assert [(line["serving"], line["of"]) for line in tried] == [(1, 2), (1, 2)]
+        pauses = [line["restart_in_s"] for line in gateway.logged("worker.died", slot=1)]
+        assert pauses == sorted(pauses) and 0 < pauses[-1] <= 30
+        text = gateway.get("/metrics/prometheus").body.decode()
+        assert 'agent_gateway_worker_restarts_total{reason="refused"}' in text
+        assert 'agent_gateway_workers{state="serving"} 1.0' in text
+        assert 'agent_gateway_workers{state="wanted"} 2.0' in text
+        assert {gateway.post("/v1/chat/completions", CALL).status for _ in range(6)} == {200}
+        (home / "away").rename(secret)
+        gateway.logged("worker.serving", count=3)
+        wait_for(lambda: 'state="serving"} 2.0' in gateway.get("/metrics/prometheus").body.decode(), what="all serve")
+
+
 def test_an_override_holds_in_every_worker_and_in_one_that_comes_later(home: Path) -> None:
     (home / "security.yaml").write_text(
         f"version: 1\napi_keys:\n  - {{id: narrow, key: '{OTHER}', allow_agents: ['nothing/*']}}\n", encoding="utf-8"

@@ -195,6 +195,15 @@ class Metrics:
         """Count rows of the usage ledger; ``outcome`` is ``written`` or ``dropped``."""
         self._usage_rows.child(outcome).inc(count)
 
+    def workers(self, serving: int, wanted: int) -> None:
+        """Show how many processes serve, and how many there shall be."""
+        self._workers.child("serving").set(float(serving))
+        self._workers.child("wanted").set(float(wanted))
+
+    def worker_restarted(self, reason: str) -> None:
+        """Count a worker that ended and is replaced."""
+        self._worker_restarts.child(reason).inc()
+
     def trace_spans(self, outcome: str, count: int) -> None:
         """Count spans of traces: ``sent``, ``failed`` (the collector did not take them), ``dropped`` (too many)."""
         self._trace_spans.child(outcome).inc(count)
@@ -324,6 +333,8 @@ class Metrics:
         self._budget_alerts = self._counter("budget_alerts", "Budget alerts.", "outcome")
         self._usage_rows = self._counter("usage_rows", "Rows of the usage ledger, by what became of them.", "outcome")
         self._loop_lag = self._histogram("event_loop_lag_seconds", "How late the event loop is, s.", _LAG_S)
+        self._workers = self._gauge("workers", "Processes of this gateway, serving and wanted.", "state")
+        self._worker_restarts = self._counter("worker_restarts", "Workers that ended and were replaced.", "reason")
         self._trace_spans = self._counter("trace_spans", "Spans of traces, by what became of them.", "outcome")
         self._errors = self._counter("errors", "Errors shown to callers, by domain at fault.", "domain", "code")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from gateway.config import Settings
+from gateway.config import ConfigFile, Settings, reading_config
 from gateway.errors import ConfigError
 from gateway.observability.logs import log_event
 from gateway.observability.metrics import Metrics
@@ -69,6 +69,8 @@ class AgentCatalogue:
         self._metrics = metrics
         self._slots: dict[str, Slot] = {}
         self._file_problem: Diagnostic | None = None
+        self.declared_in: Mapping[str, ConfigFile] = {}
+        """The file that the declared agents are from, as it was read."""
         self._declared: tuple[tuple[Declaration, ...], DeclaredDefaults] = ((), DeclaredDefaults())
         self._registry = Registry()
         self._errors: deque[Diagnostic] = deque(maxlen=_KEPT_ERRORS)
@@ -194,7 +196,9 @@ class AgentCatalogue:
         sources: dict[str, Source] = {}
         problem: Diagnostic | None = None
         try:
-            self._declared = load_declarations(self._settings)
+            with reading_config() as reading:
+                self._declared = load_declarations(self._settings)
+            self.declared_in = reading.files
         except (ConfigError, OSError) as error:
             problem = _file_diagnostic(error)
         declarations, defaults = self._declared

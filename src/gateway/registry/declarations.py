@@ -22,7 +22,7 @@ from typing import Annotated, Literal
 import yaml
 from msgspec import Meta, Struct
 
-from gateway.config import Settings, load_yaml
+from gateway.config import Settings, config_text, load_yaml
 from gateway.errors import ConfigError
 from gateway.registry.discovery import module_folder
 from gateway.registry.entry import AgentOptions
@@ -97,7 +97,7 @@ def load_declarations(settings: Settings) -> tuple[tuple[Declaration, ...], Decl
     if path is None:
         return (), defaults
     lines = _lines(path)
-    created = int(path.stat().st_mtime)
+    created = int(path.stat().st_mtime) if path.exists() else 0
     declarations: dict[str, Declaration] = {}
     for index, agent in enumerate(config.agents):
         line = lines[index] if index < len(lines) else 1
@@ -169,7 +169,7 @@ def _dropin(target: str, namespace: str, slug: str, path: Path, where: str) -> D
 
 def _lines(path: Path) -> list[int]:
     """Return the line of each agent."""
-    tree = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    tree = yaml.compose(config_text(path), Loader=yaml.SafeLoader)
     for key, value in getattr(tree, "value", ()):
         if key.value == "agents" and isinstance(value, yaml.SequenceNode):
             return [item.start_mark.line + 1 for item in value.value]

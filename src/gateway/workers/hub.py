@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from gateway.observability.metrics import Metrics
 from gateway.observability.totals import Change, Sum
 from gateway.workers.peer import CallFailed, Peer
 from gateway.workers.workers import WorkerReply
@@ -24,6 +25,8 @@ class Hub:
     def __init__(self) -> None:
         self._sum = Sum()
         self._serving: dict[int, tuple[int, Peer]] = {}
+        self._kept: dict[str, Any] = {}
+        self._distrusting: set[int] = set()
 
     def prepare(self, peer: Peer) -> None:
         """Answer what a worker says and asks."""
@@ -31,14 +34,40 @@ class Hub:
         async def take_changes(value: Any) -> None:
             self._sum.add(peer, msgspec.convert(value, Change))
 
+        async def keep(value: Any) -> None:
+            self._kept |= value
+
+        async def kept(slot: Any) -> Any:
+            return {} if slot in self._distrusting else self._kept
+
+        peer.handle("config.keep", keep)
+        peer.handle("config.kept", kept)
         peer.handle("metrics.changes", take_changes)
         peer.handle("metrics.render", self._render)
         peer.handle("metrics.summary", self._summary)
         peer.handle("everywhere", self._everywhere)
 
+    @property
+    def serving(self) -> int:
+        """How many workers serve."""
+        return len(self._serving)
+
+    @property
+    def metrics(self) -> Metrics:
+        """The sum of all, and what the supervisor counts itself."""
+        return self._sum.metrics
+
+    def refused(self, slot: int) -> None:
+        """Note that a worker could not start: the next one in its place begins with the other configuration.
+
+        That is the disk's where this one had what the others serve, and the other way round.
+        """
+        self._distrusting ^= {slot}
+
     def attach(self, slot: int, pid: int, peer: Peer) -> None:
         """Note that a worker serves: from now on it is asked what all are asked."""
         self._serving[slot] = (pid, peer)
+        self._distrusting.discard(slot)
 
     def detach(self, slot: int, peer: Peer) -> None:
         """Forget a worker that is gone."""

@@ -84,6 +84,11 @@ class Workers:
             raise CallFailed("there is no supervisor")
         return await self._supervisor.call(name, value, timeout_s=timeout_s)
 
+    def notify_supervisor(self, name: str, value: Any) -> None:
+        """Tell the supervisor something, without waiting; raises `CallFailed` where it is gone."""
+        if self._supervisor is not None:
+            self._supervisor.notify(name, value)
+
     async def tell_supervisor(self, name: str, value: Any) -> None:
         """Have the supervisor take a value before whatever it is sent after this; raises `CallFailed`."""
         await self.ask_supervisor(name, value)
