@@ -20,7 +20,7 @@ from api.threads import DaemonThreadPool
 from gateway.caching.cache import ResponseCache
 from gateway.caching.config import load_cache
 from gateway.config import ConfigFile, Settings, reading_config
-from gateway.errors import ConfigError
+from gateway.errors import ConfigError, StoreUnavailable
 from gateway.limits.limiter import Limiter
 from gateway.limits.opening import TABLES as LIMIT_TABLES
 from gateway.limits.opening import open_limiter
@@ -50,6 +50,7 @@ from gateway.snapshot import Snapshot, SnapshotHolder
 from gateway.store.store import Store, database_url
 from gateway.tools.manager import ToolManager
 from gateway.tools.mcp.opening import open_mcp
+from gateway.tools.registered import EntryBook
 from gateway.tools.table import ToolTable
 from gateway.upstreams.config import UpstreamsConfig, load_upstreams
 from gateway.upstreams.discovery import ModelDiscovery
@@ -62,7 +63,13 @@ from gateway.workers.workers import Workers
 from sdk_adapter.loader import SdkLoader
 from sdk_adapter.services import AdapterServices
 
-STORE_MODULES = ("gateway.security.key_rows", "gateway.usage.rows", LIMIT_TABLES, "gateway.tools.mcp.pin_table")
+STORE_MODULES = (
+    "gateway.security.key_rows",
+    "gateway.usage.rows",
+    LIMIT_TABLES,
+    "gateway.tools.mcp.pin_table",
+    "gateway.tools.registered_rows",
+)
 """Where the rooms declare their tables, as dotted names: each holds a `gateway.store.schema.Schema` as ``SCHEMA``."""
 
 _FLUSH_S = 3.0
@@ -91,6 +98,7 @@ class Gateway:
     throttle: FailureThrottle
     store: Store
     tools: ToolManager
+    tool_entries: EntryBook
     limiter: Limiter
     ledger: Ledger | None
     keys: KeyBook
@@ -173,6 +181,7 @@ async def open_gateway(
                 open_mcp=open_mcp(store),
             )
         )
+        tool_entries = EntryBook(store, tools.follow)
         services = AdapterServices(
             lambda: holder.current.routes,
             metrics,
@@ -254,6 +263,8 @@ async def open_gateway(
 
         @keeper.keeping
         async def refresh_tools() -> None:
+            with suppress(StoreUnavailable):  # the entries known so far are served
+                await tool_entries.refresh()
             await tools.refresh()
             await catalogue.recheck()
 
@@ -306,6 +317,7 @@ async def open_gateway(
             throttle=FailureThrottle(settings.key_failures_per_minute),
             store=store,
             tools=tools,
+            tool_entries=tool_entries,
             ledger=ledger,
             keys=keys,
             limiter=limiter,
@@ -337,6 +349,7 @@ async def _background(gateway: Gateway, kept: Mapping[str, ConfigFile], *, watch
     tasks = [asyncio.create_task(work()), asyncio.create_task(gateway.discovery.run())]
     tasks.append(asyncio.create_task(watch_health(lambda: gateway.holder.current.routes)))
     tasks.append(asyncio.create_task(_follow_keys(gateway)))
+    tasks.append(asyncio.create_task(gateway.tool_entries.run()))
     if watch:
         tasks.append(asyncio.create_task(gateway.reloader.watch()))
     try:

@@ -1,11 +1,13 @@
-"""GET /tools, POST /tools/refresh, POST /tools/{name}/invoke: the gateway's tools as a key reaches them."""
+"""GET /tools and /tools/search, POST /tools/refresh and /tools/{name}/invoke: the tools as a key reaches them."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Coroutine
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import parse_qsl
 
 import msgspec
 from msgspec import Struct
@@ -18,6 +20,8 @@ from gateway.tools.manager import LARGEST_ARGUMENTS
 from gateway.tools.port import ProviderHealth, ToolResult
 from gateway.tools.table import Tool, ToolCaller
 
+_MOST_FOUND = 100
+_WORD = re.compile(r"[^\W_]+")
 _HEADERS = ((b"cache-control", b"private, no-cache"),)
 
 
@@ -31,6 +35,38 @@ class InvokeRequest(Struct, forbid_unknown_fields=True):
 async def list_tools(request: Request) -> Response:
     """List the tools that the key reaches, with schema and health; an admin sees all, and what is wrong with them."""
     return _listed(request)
+
+
+async def get_tool(request: Request) -> Response:
+    """Show one tool that the key reaches."""
+    tool = find_tool(request, request.path_params["name"])
+    principal = request.caller
+    if not principal.is_admin and not tool.is_reached_by(principal):
+        raise _not_found(tool.name)
+    return Response(msgspec.json.encode(_record(tool, admin=principal.is_admin)), headers=_HEADERS)
+
+
+async def search_tools(request: Request) -> Response:
+    """List the tools that the key reaches and whose name, title or description has words of the query, the best first.
+
+    ``query`` is required; ``max_results`` is 10, and 100 at the most.
+    """
+    given = dict(parse_qsl(request.scope["query_string"].decode("latin-1"), keep_blank_values=True))
+    unknown = sorted(given.keys() - {"query", "max_results"})
+    if unknown:
+        raise InvalidRequest(f"'{unknown[0][:64]}' is no parameter; there are query and max_results.")
+    words = frozenset(_WORD.findall(given.get("query", "").lower()))
+    if not words:
+        raise InvalidRequest("'query' is missing: words that the tool's name or description has.", param="query")
+    asked = given.get("max_results", "10")
+    most = int(asked) if asked.isdecimal() and len(asked) <= len(str(_MOST_FOUND)) else 0
+    if not 1 <= most <= _MOST_FOUND:
+        raise InvalidRequest(f"'max_results' takes a number from 1 to {_MOST_FOUND}.", param="max_results")
+    principal = request.caller
+    reached = [t for t in request.gateway.tools.table if principal.is_admin or t.is_reached_by(principal)]
+    ranked = sorted(((-_score(tool, words), tool.name, tool) for tool in reached), key=lambda item: item[:2])
+    data = [_record(tool, admin=principal.is_admin) for score, _, tool in ranked[:most] if score]
+    return Response(msgspec.json.encode({"object": "list", "data": data}), headers=_HEADERS)
 
 
 async def refresh_tools(request: Request) -> Response:
@@ -77,8 +113,19 @@ def find_tool(request: Request, name: str) -> Tool:
     tool = gateway.tools.table.find(name)
     hidden = gateway.holder.current.keyring.hide_foreign_models and not principal.is_admin
     if tool is None or (hidden and not tool.is_reached_by(principal)):
-        raise ToolNotFound(f"There is no tool '{name[:64]}'. GET /tools lists those your key reaches.", param="name")
+        raise _not_found(name)
     return tool
+
+
+def _not_found(name: str) -> ToolNotFound:
+    return ToolNotFound(f"There is no tool '{name[:64]}'. GET /tools lists those your key reaches.", param="name")
+
+
+def _score(tool: Tool, words: frozenset[str]) -> int:
+    """Say how well a tool answers words: one that is in its name counts most, one that is part of a word least."""
+    name, text = tool.name.lower(), f"{tool.spec.title or ''} {tool.description}".lower()
+    names, texts = set(_WORD.findall(name)), set(_WORD.findall(text))
+    return sum(8 * (word in names) + 4 * (word in name) + 2 * (word in texts) + (word in text) for word in words)
 
 
 def _listed(request: Request, *headers: tuple[bytes, bytes]) -> Response:
@@ -90,9 +137,19 @@ def _listed(request: Request, *headers: tuple[bytes, bytes]) -> Response:
     ]
     body: dict[str, Any] = {"object": "list", "data": tools}
     if principal.is_admin:  # a server that is down may have no tool that could say so
+        tools_of = request.gateway.tools
         body["entries"] = [
-            {"entry": provider.entry, "provider": provider.kind, "health": _health(provider.health(), admin=True)}
-            for provider in request.gateway.tools.providers
+            {
+                "entry": provider.entry,
+                "provider": provider.kind,
+                "source": "store" if tools_of.is_registered(provider.entry) else "configuration",
+                "health": _health(provider.health(), admin=True),
+            }
+            for provider in tools_of.providers
+        ]
+        body["entries"] += [
+            {"entry": name, "provider": None, "source": "store", "health": {"status": "down", "detail": why}}
+            for name, why in tools_of.unserved.items()
         ]
     return Response(msgspec.json.encode(body), headers=(*_HEADERS, *headers))
 

@@ -479,6 +479,19 @@ def load_yaml(path: Path, type_: type[T]) -> T:
     return found
 
 
+def convert_values(values: Any, type_: Any) -> Any:
+    """Return plain values as ``type_``, as strictly as `load_yaml` reads a file; raise `ConfigError` naming the key."""
+    try:
+        _refuse_unknown_keys(values, type_, "", None, ())
+        return msgspec.convert(values, type=type_)
+    except ConfigError as error:
+        raise ConfigError(error.message.removeprefix(":1: ")) from error
+    except msgspec.ValidationError as error:
+        message, _, at = str(error).partition(" - at `$")
+        place = at.rstrip("`").lstrip(".")
+        raise ConfigError(f"{f'{place}: ' if place else ''}{message.replace('`', chr(39))}.") from error
+
+
 def config_text(path: Path) -> str:
     """Return what a YAML file holds, or held when it was kept; raise `OSError` and `UnicodeDecodeError`."""
     reading = _reading()

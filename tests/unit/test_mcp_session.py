@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import resource
 import signal
@@ -195,6 +196,16 @@ async def test_more_tools_than_allowed_are_cut_off(tmp_path: Path) -> None:
     limits = replace(LIMITS, max_tools=50)
     async with session(tmp_path, "many_tools", limits=limits, message_limit=20_000_000) as made:
         listing = await made.wait_listed()
+async def test_a_server_that_says_changed_after_each_list_is_listed_with_pauses(tmp_path: Path) -> None:
+    listed = tmp_path / "listed"
+    limits = replace(LIMITS, relist_pause_s=0.3)
+    async with session(tmp_path, "restless", limits=limits, LISTED=str(listed)) as made:
+        await made.wait_listed()
+        await until(lambda: len(listed.read_text().split()) >= 4, "it is listed again and again")
+    moments = [float(line) for line in listed.read_text().split()]
+    assert all(after - before > 0.29 for before, after in itertools.pairwise(moments))
+
+
         assert (len(listing.tools), listing.overflowed) == (50, True)
 
 

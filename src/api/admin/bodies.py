@@ -43,6 +43,18 @@ _MESSAGE = _object(
 )
 _PICTURE = {"prompt": {"type": "string"}}
 
+_TOOL_NAME = {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"}
+_ENTRY = {
+    "url": {"type": "string", "description": "Of http and mcp."},
+    "document": {"type": "string", "description": "Of openapi: its address."},
+    "headers": {
+        "type": "object",
+        "additionalProperties": {"type": "string"},
+        "description": "Values, or `env:NAME` of a variable that `registration.secrets` of tools.yaml lists.",
+    },
+}
+"""Some keys of an entry; all of them are in docs/references/tools-yaml.md."""
+
 BODIES: dict[str, tuple[bool, dict[str, Any]]] = {
     "chat.completions.create": (True, {_JSON: _ref("ChatRequest")}),
     "completions.create": (
@@ -60,6 +72,14 @@ BODIES: dict[str, tuple[bool, dict[str, Any]]] = {
     "files.create": (True, {_FORM: _object({}, {"file": _FILE, "purpose": {"type": "string"}})}),
     "batches.create": (True, {_JSON: _object({}, {"input_file_id": {"type": "string"}})}),
     "batches.cancel": (False, {_JSON: {"type": "object"}}),
+    "tools.register": (
+        True,
+        {_JSON: _object({"name": _TOOL_NAME, "provider": {"enum": ["http", "openapi", "mcp"]}}, _ENTRY)},
+    ),
+    "tools.servers.register": (
+        True,
+        {_JSON: _object({"name": _TOOL_NAME, "url": _ENTRY["url"]}, {"headers": _ENTRY["headers"]})},
+    ),
     "tools.invoke": (False, {_JSON: _ref("InvokeRequest")}),
     "tools.mcp.approve": (True, {_JSON: _ref("ApproveRequest")}),
     "security.keys.create": (True, {_JSON: _ref("NewKey")}),
@@ -84,6 +104,10 @@ _TIME = {"type": "string"}
 _COUNT = {"type": "integer", "minimum": 0}
 
 PARAMETERS: dict[str, list[dict[str, Any]]] = {
+    "tools.search": [
+        {**_query("query", {"type": "string"}, "Words of the tool's name or description."), "required": True},
+        _query("max_results", {"type": "integer", "minimum": 1, "maximum": 100, "default": 10}, "The most to list."),
+    ],
     "usage.read": [
         _query("from", _TIME, "2030-12-31 or 2030-12-31T12:00:00Z; 30 days ago where left out."),
         _query("to", _TIME, "The end, not included; now where left out."),

@@ -63,6 +63,8 @@ _TOOL_CALL = _object(
 )
 _FINISH = {"type": ["string", "null"], "enum": ["stop", "length", "tool_calls", "content_filter", None]}
 
+_SOURCE = {"enum": ["configuration", "store"], "description": "`tools.yaml`, or registered at run time."}
+
 COMPONENTS: dict[str, Any] = {
     "Error": _object(
         {
@@ -124,9 +126,38 @@ COMPONENTS: dict[str, Any] = {
         {
             "object": _const("list"),
             "data": _list(_ref("Tool")),
-            "entries": _list(_object({"entry": _STRING, "provider": _STRING, "health": {"type": "object"}})),
+            "entries": _list(
+                _object(
+                    {
+                        "entry": _STRING,
+                        "provider": _nullable("string"),
+                        "source": _SOURCE,
+                        "health": {"type": "object"},
+                    }
+                )
+            ),
         },
         "entries",
+    ),
+    "ToolEntry": _object(
+        {
+            "name": _STRING,
+            "object": _const("tool_entry"),
+            "provider": {"enum": ["local", "http", "openapi", "mcp"]},
+            "source": _SOURCE,
+            "url": _nullable("string"),
+            "headers": {**_NAMES, "description": "Names of the headers that are sent, without their values."},
+            "description": _nullable("string"),
+            "tools": _NAMES,
+            "problems": {"type": "object", "additionalProperties": _STRING},
+            "health": _object({"status": _STRING, "detail": _nullable("string")}),
+            "created_at": _nullable("string"),
+            "created_by": _nullable("string"),
+        }
+    ),
+    "ToolEntryList": _object({"object": _const("list"), "data": _list(_ref("ToolEntry"))}),
+    "DeletedToolEntry": _object(
+        {"name": _STRING, "object": _const("tool_entry.deleted"), "deleted": {"type": "boolean"}}
     ),
     "ToolAnswer": _object(
         {
@@ -346,6 +377,14 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "models.get": {"200": _answer("The model.", json=_ref("Model"))},
     "tools.list": {"200": _answer("The tools the key reaches; an admin sees all.", json=_ref("ToolList"))},
     "tools.refresh": {"200": _answer("All tools.", json=_ref("ToolList"))},
+    "tools.register": {"201": _answer("The entry.", json=_ref("ToolEntry"))},
+    "tools.search": {"200": _answer("The tools found, the best first.", json=_ref("ToolList"))},
+    "tools.get": {"200": _answer("The tool.", json=_ref("Tool"))},
+    "tools.delete": {"200": _answer("It is gone.", json=_ref("DeletedToolEntry"))},
+    "tools.servers.list": {"200": _answer("The MCP servers.", json=_ref("ToolEntryList"))},
+    "tools.servers.register": {"201": _answer("The entry.", json=_ref("ToolEntry"))},
+    "tools.servers.get": {"200": _answer("The MCP server.", json=_ref("ToolEntry"))},
+    "tools.servers.delete": {"200": _answer("It is gone.", json=_ref("DeletedToolEntry"))},
     "tools.invoke": {"200": _answer("What the tool gave.", json=_ref("ToolAnswer"))},
     "service.overview": {"200": _answer("The service.", json=_ref("Overview"))},
     "service.health": {"200": _answer("The process serves.", json=_ref("Health"))},

@@ -189,11 +189,23 @@ class ToolDefaults(Struct, frozen=True, kw_only=True):
     on_denied: Literal["tell_model", "end_run"] = "tell_model"
 
 
+class Registration(Struct, frozen=True, kw_only=True):
+    """What entries that admins make over HTTP may have (`gateway.tools.registered`).
+
+    ``secrets`` are the environment variables they may refer to, ``network`` where inside they may reach.
+    """
+
+    enabled: bool = True
+    secrets: tuple[str, ...] = ()
+    network: NetworkAccess = NetworkAccess()
+
+
 class ToolsConfig(Struct, frozen=True, kw_only=True):
     """The whole file."""
 
     version: Literal[1] = 1
     defaults: ToolDefaults = ToolDefaults()
+    registration: Registration = Registration()
     tools: tuple[AnyTool, ...] = field(default_factory=tuple)
 
 

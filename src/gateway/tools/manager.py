@@ -19,6 +19,7 @@ import msgspec
 
 from gateway.config import Settings
 from gateway.errors import (
+    ConfigError,
     GatewayError,
     InvalidToolArguments,
     ToolDenied,
@@ -31,8 +32,9 @@ from gateway.errors import (
 )
 from gateway.observability.logs import bind_tool, log_event
 from gateway.observability.metrics import Metrics
-from gateway.tools.config import AnyTool, ToolsConfig, load_tools
+from gateway.tools.config import AnyTool, Registration, ToolsConfig, load_tools
 from gateway.tools.port import ToolContext, ToolProvider, ToolResult
+from gateway.tools.registered import Registrable, find_problem, with_network
 from gateway.tools.secrets import files_of, secrets_of
 from gateway.tools.spans import tool_span
 from gateway.tools.table import OpenMcp, ProviderLease, Tool, ToolCaller, ToolTable
@@ -60,6 +62,7 @@ class _Entry:
     config: AnyTool
     fingerprint: bytes
     lease: ProviderLease
+    is_registered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,7 @@ class ToolManager:
         self._settings, self._metrics = settings, metrics
         self._publish, self._local_allowlist, self._open_mcp = publish, local_allowlist, open_mcp
         self._config = ToolsConfig()
+        self._registered: tuple[Registrable, ...] = ()
         self._entries: dict[str, _Entry] = {}
         self._table = ToolTable()
         self._built_with = self._config.defaults
@@ -101,6 +105,8 @@ class ToolManager:
         self._building: Any = None
         self.violations: deque[Violation] = deque(maxlen=_VIOLATIONS)
         """Local callables that `security.yaml` did not allow, the latest first."""
+        self.unserved: dict[str, str] = {}
+        """Registered entries that are not served now, and why."""
 
     @property
     def table(self) -> ToolTable:
@@ -125,8 +131,22 @@ class ToolManager:
         """The providers, one for each entry of `tools.yaml`."""
         return [entry.lease.provider for entry in self._entries.values()]
 
+    @property
+    def registration(self) -> Registration:
+        """What `tools.yaml` allows registered entries."""
+        return self._config.registration
+
+    def find_config(self, entry: str) -> AnyTool | None:
+        """Return an entry of `tools.yaml`, enabled or not."""
+        return next((item for item in self._config.tools if item.name == entry), None)
+
+    def is_registered(self, entry: str) -> bool:
+        """Return whether an entry that is served was registered, and does not stand in `tools.yaml`."""
+        found = self._entries.get(entry)
+        return found is not None and found.is_registered
+
     def find_provider(self, entry: str) -> ToolProvider | None:
-        """Return the provider of an entry of `tools.yaml`, if there is one."""
+        """Return the provider of an entry, if there is one."""
         found = self._entries.get(entry)
         return found.lease.provider if found is not None else None
 
@@ -142,6 +162,7 @@ class ToolManager:
         async with self._lock:
             config = load_tools(self._settings)
             fresh = await self._open_entries(config)
+            await self._open_registered(config, fresh, anew=True)
             old, self._entries, self._config = self._entries, fresh, config
             self._rebuild()
         for tool in self._table:
@@ -150,10 +171,35 @@ class ToolManager:
                 self.violations.appendleft(
                     Violation(tool.name, tool.spec.remote_name, tool.spec.quarantined, time.time())
                 )
-        for name, entry in old.items():
-            if fresh.get(name) is not entry:
-                self._retiring.add(entry.lease)
-                self._keep(asyncio.create_task(self._retire(entry.lease)))
+        self._retire_others(old, fresh)
+
+    async def follow(self, registered: Sequence[Registrable]) -> None:
+        """Serve these entries beside those of `tools.yaml`, which are left as they are.
+
+        One that cannot be served is logged and stands in `unserved`; it takes no other with it.
+        """
+        async with self._lock:
+            self._registered = tuple(registered)
+            fresh = {name: entry for name, entry in self._entries.items() if not entry.is_registered}
+            await self._open_registered(self._config, fresh, anew=False)
+            old, self._entries = self._entries, fresh
+            self._rebuild()
+        self._retire_others(old, fresh)
+
+    async def check(self, entry: Registrable) -> None:
+        """Raise `ConfigError` for an entry that could not be served: of OpenAPI, the document is fetched and read."""
+        await self._load_for((entry,))
+        around = self._around or self._surroundings(self._config)
+        made = with_network(entry, self.registration)
+        lease = ProviderLease(self._building.make_provider(made, around, lambda: None))
+        try:
+            if lease.provider.kind == "openapi":
+                await lease.provider.open()
+                health = lease.provider.health()
+                if health.status == "down":
+                    raise ConfigError(f"{entry.name}: {health.detail}")
+        finally:
+            await self._close(lease)
 
     async def refresh(self) -> None:
         """Reload, and ask every server for its tools again."""
@@ -260,11 +306,7 @@ class ToolManager:
     async def _open_entries(self, config: ToolsConfig) -> dict[str, _Entry]:
         """Make and open what is new; `ConfigError`, and nothing left open, where one entry cannot be."""
         wanted = [entry for entry in config.tools if entry.enabled]
-        if wanted and self._building is None:
-            # Late on purpose: JSON Schema and HTTP cost 0.3 s and 20 MB, and a gateway without tools needs neither.
-            self._building = await asyncio.to_thread(importlib.import_module, "gateway.tools.building")
-        if any(entry.__struct_config__.tag == "mcp" for entry in wanted):
-            await asyncio.to_thread(importlib.import_module, "gateway.tools.mcp.provider")  # and MCP a second
+        await self._load_for(wanted)
         fresh: dict[str, _Entry] = {}
         made: list[ProviderLease] = []
         try:
@@ -283,6 +325,62 @@ class ToolManager:
             await asyncio.gather(*(self._close(lease) for lease in made))
             raise
         return fresh
+
+    async def _open_registered(self, config: ToolsConfig, fresh: dict[str, _Entry], *, anew: bool) -> None:
+        """Add registered entries to ``fresh``; ``anew``: those that read something from elsewhere read it again."""
+        unserved: dict[str, str] = {}
+        opening: dict[str, _Entry] = {}
+        wanted = [entry for entry in self._registered if entry.enabled]
+        await self._load_for(wanted)
+        for item in wanted:
+            entry = with_network(item, config.registration)
+            problem = find_problem(entry, config.registration)
+            if any(other.name == entry.name for other in config.tools):
+                problem = "an entry of tools.yaml has the same name"
+            if problem is not None:
+                unserved[entry.name] = problem
+                continue
+            old = self._entries.get(entry.name)
+            fingerprint = _fingerprint(entry)
+            if old is not None and old.is_registered and old.fingerprint == fingerprint and _stays(entry, anew):
+                fresh[entry.name] = old
+                continue
+            try:
+                lease = ProviderLease(
+                    self._building.make_provider(entry, self._around or self._surroundings(config), self._rebuild)
+                )
+            except ConfigError as error:
+                unserved[entry.name] = error.message
+            else:
+                opening[entry.name] = _Entry(entry, fingerprint, lease, is_registered=True)
+        results = await asyncio.gather(
+            *(entry.lease.provider.open() for entry in opening.values()), return_exceptions=True
+        )
+        for made, result in zip(opening.values(), results, strict=True):
+            if isinstance(result, BaseException):
+                unserved[made.config.name] = result.message if isinstance(result, ConfigError) else repr(result)
+                await self._close(made.lease)
+            else:
+                fresh[made.config.name] = made
+        for name, why in unserved.items():
+            if self.unserved.get(name) != why:
+                log_event(_log, "tool.entry.unserved", level=logging.WARNING, entry=name, message=why)
+        self.unserved = unserved
+
+    async def _load_for(self, entries: Sequence[AnyTool]) -> None:
+        """Import what the entries need."""
+        if entries and self._building is None:
+            # Late on purpose: JSON Schema and HTTP cost 0.3 s and 20 MB, and a gateway without tools needs neither.
+            self._building = await asyncio.to_thread(importlib.import_module, "gateway.tools.building")
+        if any(entry.__struct_config__.tag == "mcp" for entry in entries):
+            await asyncio.to_thread(importlib.import_module, "gateway.tools.mcp.provider")  # and MCP a second
+
+    def _retire_others(self, old: Mapping[str, _Entry], fresh: Mapping[str, _Entry]) -> None:
+        """Let go of the providers that are not served any more."""
+        for name, entry in old.items():
+            if fresh.get(name) is not entry:
+                self._retiring.add(entry.lease)
+                self._keep(asyncio.create_task(self._retire(entry.lease)))
 
     def _surroundings(self, config: ToolsConfig) -> building.Surroundings:
         threads = self._around.threads if self._around is not None else self._building.ToolThreads()
@@ -423,6 +521,11 @@ def _status(error: GatewayError) -> str:
         case ToolError():
             return "error"
     return "error"
+
+
+def _stays(entry: AnyTool, anew: bool) -> bool:
+    """Whether the provider of an entry that did not change is kept; an MCP server keeps its sessions in any case."""
+    return not anew or entry.__struct_config__.tag == "mcp"
 
 
 def _fingerprint(entry: AnyTool) -> bytes:

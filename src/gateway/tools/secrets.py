@@ -46,7 +46,7 @@ def resolve_headers(headers: Mapping[str, str], *, where: str) -> dict[str, str]
 
 def files_of(entry: Any) -> set[Path]:
     """Return the files that an entry reads: secrets in its headers and environment, and a document."""
-    files = {Path(path) for text in _texts(entry).values() if (path := _file_of(text)) is not None}
+    files = {Path(path) for text in texts_of(entry).values() if (path := _file_of(text)) is not None}
     document = getattr(entry, "document", None)
     if isinstance(document, str) and "://" not in document:
         files.add(Path(document))
@@ -73,7 +73,7 @@ def _read(path: Path, where: str) -> str:
 def secrets_of(entry: Any) -> dict[str, str | None]:
     """Return what the references in an entry's headers and environment stand for now; None for one that is missing."""
     found: dict[str, str | None] = {}
-    for name, text in _texts(entry).items():
+    for name, text in texts_of(entry).items():
         try:
             found[name] = resolve_secret(text, where=name)
         except ConfigError:
@@ -81,7 +81,8 @@ def secrets_of(entry: Any) -> dict[str, str | None]:
     return found
 
 
-def _texts(entry: Any) -> dict[str, str]:
+def texts_of(entry: Any) -> dict[str, str]:
+    """Return the texts of an entry that may refer to secrets, by where they stand."""
     groups = {name: getattr(entry, name, None) or {} for name in ("headers", "env")}
     groups |= {f"key_headers.{key}": headers for key, headers in (getattr(entry, "key_headers", None) or {}).items()}
     return {f"{group}.{name}": text for group, texts in groups.items() for name, text in texts.items()}

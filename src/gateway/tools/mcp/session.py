@@ -63,13 +63,15 @@ _WHY = {
 class SessionLimits:
     """Deadlines in seconds, and how many tools a server may list.
 
-    ``idle_s`` closes a session nobody uses; None keeps it.
+    ``idle_s`` closes a session nobody uses; None keeps it. ``relist_pause_s`` is the least time between two lists that
+    the server itself asks for: one that says "changed" after each would be listed without end.
     """
 
     connect_s: float = 30.0
     list_s: float = 30.0
     max_tools: int = 200
     relist_s: float = 300.0
+    relist_pause_s: float = 1.0
     idle_s: float | None = None
 
 
@@ -350,18 +352,18 @@ class McpSession:
         relist = asyncio.ensure_future(self._relist.wait())
         try:
             while True:
-                until = listed + self._limits.relist_s
+                until = listed + (self._limits.relist_pause_s if relist.done() else self._limits.relist_s)
                 if self._limits.idle_s is not None:
                     until = min(until, self.last_used + self._limits.idle_s)
-                await asyncio.wait(
-                    (broken, relist), timeout=max(until - loop.time(), 0.05), return_when=asyncio.FIRST_COMPLETED
-                )
+                waits = (broken,) if relist.done() else (broken, relist)
+                await asyncio.wait(waits, timeout=max(until - loop.time(), 0.05), return_when=asyncio.FIRST_COMPLETED)
                 if broken.done():
                     return False
                 if self._limits.idle_s is not None and loop.time() - self.last_used >= self._limits.idle_s:
                     self._broken.set()
                     return True
-                if relist.done() or loop.time() - listed >= self._limits.relist_s:
+                pause = self._limits.relist_pause_s if relist.done() else self._limits.relist_s
+                if loop.time() - listed >= pause:
                     self._relist.clear()
                     relist = asyncio.ensure_future(self._relist.wait())
                     async with asyncio.timeout(self._limits.list_s):
