@@ -17,7 +17,15 @@ from api.models import get_model, list_models
 from api.providers import list_providers, providers_status
 from api.relayed.routes import NamesModel, create_completion, create_embedding, relayed
 from api.routing import Route, RouteTable
-from api.tools import invoke_tool, list_tools, refresh_tools
+from api.tool_entries import (
+    delete_server,
+    delete_tool,
+    get_server,
+    list_servers,
+    register_server,
+    register_tool,
+)
+from api.tools import get_tool, invoke_tool, list_tools, refresh_tools, search_tools
 from api.usage import read_usage
 
 RELAYED: tuple[tuple[str, str, str, NamesModel, str], ...] = (
@@ -250,6 +258,70 @@ TABLE = RouteTable(
             "Read tools.yaml again and ask every server for its tools.",
             refresh_tools,
             aliases=("/admin/tools/refresh",),
+        ),
+        Route(
+            "POST",
+            "/tools",
+            "tools.register",
+            "admin",
+            "Register tools at run time: an entry of `tools.yaml` of the provider http, openapi or mcp.",
+            register_tool,
+        ),
+        Route(
+            "GET",
+            "/tools/search",
+            "tools.search",
+            "chat",
+            "The tools that the key reaches and that answer words, the best first.",
+            search_tools,
+        ),
+        Route(
+            "GET",
+            "/tools/servers",
+            "tools.servers.list",
+            "admin",
+            "The MCP servers, with health and the names of their tools.",
+            list_servers,
+        ),
+        Route(
+            "POST",
+            "/tools/servers",
+            "tools.servers.register",
+            "admin",
+            "Register an MCP server at run time, by its address.",
+            register_server,
+        ),
+        Route(
+            "GET",
+            "/tools/servers/{server}",
+            "tools.servers.get",
+            "admin",
+            "One MCP server.",
+            get_server,
+        ),
+        Route(
+            "DELETE",
+            "/tools/servers/{server}",
+            "tools.servers.delete",
+            "admin",
+            "Forget an MCP server that was registered at run time.",
+            delete_server,
+        ),
+        Route(
+            "GET",
+            "/tools/{name}",
+            "tools.get",
+            "chat",
+            "One tool that the key reaches, with schema and health.",
+            get_tool,
+        ),
+        Route(
+            "DELETE",
+            "/tools/{name}",
+            "tools.delete",
+            "admin",
+            "Forget tools that were registered at run time.",
+            delete_tool,
         ),
         Route(
             "POST",
