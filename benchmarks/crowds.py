@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import resource
 import select
@@ -115,8 +116,11 @@ def idle_streams(quick: bool) -> dict[str, Any]:
     with _many_files(), lab.mock() as mock:
         for name, model in (("relayed", f"mock/{_FOREVER}"), ("agent", "default/bench")):
             with lab.gateway(mock, files) as server:
-                with _streams(server.port, model, 20):  # whatever the first streams load stays
+                with _streams(server.port, model, 20):  # whatever the first streams load stays, the store included
                     pass
+                lab.wait_for(
+                    functools.partial(server.log_events, "store.opened"), what="the ledger has written", timeout_s=60
+                )
                 before = server.rss_mb()
                 with _streams(server.port, model, count):
                     figures[f"{name}: KB each"] = (server.rss_mb() - before) * 1024 / count

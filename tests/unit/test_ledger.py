@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import Connection, func, select, update
 
 from gateway.chat import RelayRequest
 from gateway.config import Settings
@@ -22,9 +26,10 @@ from gateway.principal import Principal
 from gateway.run import Run
 from gateway.store.store import Store, database_url
 from gateway.usage import ledger as ledger_module
-from gateway.usage.ledger import Ledger, open_ledger
+from gateway.usage import rows as rows_module
+from gateway.usage.ledger import Entry, Ledger, open_ledger
 from gateway.usage.question import Question, Totals
-from gateway.usage.rows import USAGE
+from gateway.usage.rows import USAGE, Row
 from tests.support.databases import BACKENDS, database
 
 MODULES = ("gateway.usage.rows",)
@@ -198,6 +203,82 @@ def test_while_the_store_is_down_calls_go_on_rows_wait_and_what_is_too_much_is_c
     asyncio.run(work())
     dropped = [record for record in caplog.records if getattr(record, "event", None) == "usage.rows.dropped"]
     assert len(dropped) == 1
+
+
+def test_a_flush_of_a_thousand_rows_leaves_the_loop_its_turns(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are made in slices with turns of the loop in between, and go into the database in another thread."""
+    turns = 0
+    slices: list[tuple[int, int]] = []
+    threads: set[int] = set()
+
+    def add_rows(made: list[Row], entries: Sequence[Entry]) -> None:
+        slices.append((turns, len(entries)))
+        rows_module_add_rows(made, entries)
+
+    def insert(connection: Connection, batch: Sequence[Row]) -> None:
+        threads.add(threading.get_ident())
+        rows_module_insert(connection, batch)
+
+    rows_module_add_rows, rows_module_insert = rows_module.add_rows, rows_module.insert
+    monkeypatch.setattr(rows_module, "add_rows", add_rows)
+    monkeypatch.setattr(rows_module, "insert", insert)
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def check() -> int:
+        async with opened(url) as (ledger, store, _):
+            await store.open()
+            for _ in range(1_000):
+                relay(ledger, Usage(1, 1, requests=1))
+            other = asyncio.create_task(others())
+            await asyncio.sleep(0)
+            await ledger.flush()
+            other.cancel()
+            return await _count(store)
+
+    assert asyncio.run(check()) == 1_000
+    assert sum(count for _, count in slices) == 1_000
+    assert max(count for _, count in slices) <= 200
+    starts = [turn for turn, _ in slices]
+    assert all(later > earlier for earlier, later in itertools.pairwise(starts)), starts
+    assert threads
+    assert threading.get_ident() not in threads
+
+
+@pytest.mark.parametrize(("backend", "most"), [("sqlite", 50), ("postgresql", 500)])
+def test_no_statement_takes_the_interpreter_for_more_than_a_few_rows(backend: str, most: int) -> None:
+    """Binding the values of one statement holds up every thread, that of the event loop too."""
+
+    class Cursor:
+        def __init__(self) -> None:
+            self.counts: list[int] = []
+
+        def execute(self, statement: str, values: Sequence[Any]) -> None:
+            is_json = "json" in statement
+            self.counts.append(len(msgspec.json.decode(values[0])) if is_json else len(values) // columns)
+
+        def executemany(self, statement: str, values: Sequence[Any]) -> None:
+            self.counts += [1] * len(values)
+
+        def close(self) -> None:
+            pass
+
+    columns = len(Row.__struct_fields__)
+    cursor = Cursor()
+    connection: Any = SimpleNamespace(
+        connection=SimpleNamespace(cursor=lambda: cursor), dialect=SimpleNamespace(name=backend)
+    )
+    of = run()
+    entry = Entry(time.time(), of.id, of.request_id, of.principal, of.model, None, "/chat/completions", None, "local")
+    made: list[Row] = []
+    rows_module.add_rows(made, [entry] * 1_120)
+    rows_module.insert(connection, made)
+    assert sum(cursor.counts) == 1_120
+    assert max(cursor.counts) <= most
 
 
 def test_rows_that_cannot_be_written_at_the_end_are_counted(tmp_path: Path) -> None:

@@ -43,8 +43,8 @@ _HALF = 10**9
 
 _AT_ONCE = 50
 """Rows of one statement in SQLite: the driver gives way to other threads once for them, not once for each."""
-_PIECE = 250
-"""Rows of one statement in PostgreSQL; as JSON they are 0.2 ms of the interpreter's time."""
+_PIECE = 500
+"""Rows of one statement in PostgreSQL; as JSON they are 0.3 ms of the interpreter's time."""
 
 _ZERO = text("0")
 
