@@ -200,6 +200,8 @@ def test_the_scrape_configuration_reads_what_the_gateway_serves() -> None:
     (secret,) = COMPOSE["services"]["prometheus"]["secrets"]
     assert job["authorization"]["credentials_file"] == f"/run/secrets/{secret}"
     assert COMPOSE["secrets"][secret] == {"environment": "GATEWAY_METRICS_TOKEN"}
+    # Compose copies such a secret into the container, and refuses a service whose file system is read-only.
+    assert COMPOSE["services"]["prometheus"]["read_only"] is False
     assert "GATEWAY_METRICS_TOKEN" in COMPOSE["services"]["gateway"]["environment"]
 
 
