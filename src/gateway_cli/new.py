@@ -33,6 +33,8 @@ agent = Agent(
 
 def run(arguments: argparse.Namespace) -> int:
     """Write ``NAME/agent.py``, and say which model it is; an existing agent is never touched."""
+    if arguments.path is not None:
+        _make_root(arguments.path)
     settings = read_settings(arguments.path)
     *namespace, name = _parts(arguments.name)
     root = settings.agents_root()
@@ -52,6 +54,14 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print("Next: gateway dev")
     return 0
+
+
+def _make_root(path: Path) -> None:
+    """Make the folder of agents that is named; a first agent is what it is made for."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CliError(f"{path} cannot be made: {error.strerror or error}.") from error
 
 
 def _parts(text: str) -> list[str]:

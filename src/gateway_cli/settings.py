@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from gateway.config import Settings
 from gateway_cli.errors import CliError
+from gateway_cli.state import find_running
 
 
 def read_settings(path: Path | None = None) -> Settings:
@@ -18,6 +21,31 @@ def read_settings(path: Path | None = None) -> Settings:
     if not path.is_dir():
         raise CliError(f"{path} is not a folder; name the folder that holds the agents.", status=2)
     return replace(settings, agent_path=path.resolve())
+
+
+def read_store_settings(path: Path | None = None) -> Settings:
+    """Read the settings of the gateway whose database is meant.
+
+    Where the environment names none (`GATEWAY_ENV`, `GATEWAY_STATE_DIR`, `GATEWAY_DATABASE_URL`) it is the one that
+    runs: that of `gateway serve`, in production, unless one runs in development here. Where none runs: development.
+    """
+    settings = read_settings(path)
+    named = ("GATEWAY_ENV", "GATEWAY_STATE_DIR", "GATEWAY_DATABASE_URL")
+    if any(os.environ.get(name, "").strip() for name in named) or find_running(settings) is not None:
+        return settings
+    served = replace(settings, environment="production")
+    return served if find_running(served) is not None else settings
+
+
+def database_words(settings: Settings) -> str:
+    """Say which database is meant, without its password, and how another one is chosen."""
+    if settings.database_url is not None and not settings.database_url.startswith("sqlite"):
+        parts = urlsplit(settings.database_url)
+        return f"{parts.scheme}://{parts.hostname or ''}{parts.path} (GATEWAY_DATABASE_URL)"
+    if settings.database_url is not None or settings.state_dir is not None:
+        return settings.database_url or str(settings.state_folder())
+    other = "production" if settings.is_development else "development"
+    return f"{settings.state_folder()} ({settings.environment}; GATEWAY_ENV={other} chooses the other one)"
 
 
 def path_option(settings: Settings) -> str:

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import getpass
 import json
+import sys
 from collections.abc import Awaitable, Callable
 from datetime import UTC, date, datetime, time
 
@@ -21,14 +22,14 @@ from gateway.security.stored import KeyOptions, StoredKey, check_new_key, check_
 from gateway.store.store import Store, database_url
 from gateway_cli.errors import CliError
 from gateway_cli.key_stanza import stanza
-from gateway_cli.settings import read_settings
+from gateway_cli.settings import database_words, read_store_settings
 
 _MODULES = ("gateway.security.key_rows",)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what ``arguments.action`` says; a gateway that runs on the same database follows within a second."""
-    settings = read_settings(arguments.path)
+    settings = read_store_settings(arguments.path)
     check_pepper(settings)
     if arguments.action == "create":
         _check_new(arguments, settings)
@@ -50,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
             await actions[arguments.action](book, arguments)
 
     asyncio.run(work())
+    print(f"Database: {database_words(settings)}", file=sys.stderr)
     return 0
 
 

@@ -13,7 +13,7 @@ from gateway.observability.logs import configure_logging
 from gateway.store.store import Store, database_url
 from gateway.usage.question import GROUP_NAMES, Question, Totals
 from gateway_cli.errors import CliError
-from gateway_cli.settings import read_settings
+from gateway_cli.settings import read_store_settings
 
 _MODULES = ("gateway.usage.rows",)
 _MOST_ROWS = 10_000
@@ -31,7 +31,7 @@ _NUMBERS = (
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the sums; what a running gateway has not written yet, a second's worth, is not in them."""
-    settings = read_settings(arguments.path)
+    settings = read_store_settings(arguments.path)
     question = _question(arguments)
     configure_logging("error")
 

@@ -28,6 +28,7 @@ from gateway.routing.table import Router
 from gateway.security.config import SecurityConfig
 from gateway.security.keys import Keyring
 from gateway.snapshot import Snapshot
+from gateway.store.store import DATABASE_FILE
 from gateway.upstreams.config import load_upstreams
 from gateway.upstreams.table import open_upstreams
 from gateway_cli import offline
@@ -112,6 +113,41 @@ def test_new_makes_a_folder_and_names_the_model(home: Path, capsys: pytest.Captu
     assert "Next: gateway dev" in out
     compile((home / "src/agents/WeatherAgent/agent.py").read_text(encoding="utf-8"), "agent.py", "exec")
     assert not list(home.rglob("__init__.py"))
+
+
+def test_new_makes_the_folder_of_agents_that_is_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["new", "Weather", "--path", "some/where"]) == 0
+    assert (home / "some/where/Weather/agent.py").is_file()
+    assert "gateway dev some/where" in capsys.readouterr().out
+    (home / "file").write_text("", encoding="utf-8")
+    assert main(["new", "Weather", "--path", "file/below"]) == 1
+    assert "file/below cannot be made" in capsys.readouterr().err
+
+
+def test_keys_are_those_of_the_gateway_that_runs_and_the_command_says_whose(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GATEWAY_ENV", "GATEWAY_STATE_DIR", "GATEWAY_DATABASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_DATA_HOME", str(home / "data"))
+    monkeypatch.setattr(sys, "platform", "linux")
+    served = replace(Settings.from_env(), environment="production")
+
+    def made(name: str) -> tuple[bool, bool, str]:
+        assert main(["keys", "create", name]) == 0
+        assert main(["keys", "list"]) == 0
+        shown = capsys.readouterr()
+        files = [settings.state_folder() / DATABASE_FILE for settings in (Settings.from_env(), served)]
+        return files[0].exists(), files[1].exists(), shown.err
+
+    with announce(served, "http://127.0.0.1:8000"):
+        assert made("alice")[:2] == (False, True), "gateway serve runs: its keys"
+        assert "production; GATEWAY_ENV=development chooses the other" in made("bob")[2]
+        with announce(Settings.from_env(), "http://127.0.0.1:8001"):
+            assert made("carol")[:2] == (True, True), "gateway dev runs here: its keys"
+    assert "development; GATEWAY_ENV=production chooses the other" in made("dora")[2]
+    monkeypatch.setenv("GATEWAY_ENV", "production")
+    assert "(production" in made("dora")[2]
 
 
 def test_new_overwrites_nothing_and_refuses_a_taken_model(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,6 +71,8 @@ def test_file_wins_over_the_openai_key(tmp_path: Path) -> None:
     ("provider", "base_url"),
     [
         ("openai", "https://api.openai.com/v1"),
+        ("anthropic", "https://api.anthropic.com/v1"),
+        ("huggingface", "https://router.huggingface.co/v1"),
         ("lmstudio", "http://127.0.0.1:1234/v1"),
         ("ollama", "http://127.0.0.1:11434/v1"),
         ("vllm", "http://127.0.0.1:8000/v1"),

@@ -45,6 +45,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "mistral": Preset("https://api.mistral.ai/v1"),
         "together": Preset("https://api.together.xyz/v1"),
         "deepseek": Preset("https://api.deepseek.com/v1"),
+        "huggingface": Preset("https://router.huggingface.co/v1"),
         "xai": Preset("https://api.x.ai/v1"),
         "lmstudio": Preset("http://127.0.0.1:1234/v1", own_server=True),
         "ollama": Preset("http://127.0.0.1:11434/v1", own_server=True),
