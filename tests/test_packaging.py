@@ -128,7 +128,7 @@ def test_the_installed_command_serves_a_folder_from_anywhere(installed: Path, tm
             except OSError:
                 return False
 
-        wait_for(answers, timeout_s=40, what="the installed gateway is ready")
+        wait_for(answers, what="the installed gateway is ready")
         assert "default/weather" in {model["id"] for model in client.get("/v1/models").json()["data"]}
         listed = run(*command, "list", "--path", agents, "--json", cwd=work).stdout
         assert [agent["name"] for agent in json.loads(listed)["agents"]] == ["default/weather"]
@@ -196,7 +196,7 @@ class Stranger:
 
         client = HttpClient(port, key=env["GATEWAY_API_KEY"])
         try:
-            wait_for(is_well, timeout_s=60, what="the image's command serves")
+            wait_for(is_well, what="the image's command serves")
             assert self.run(*image_commands()["HEALTHCHECK"][1:], **env).returncode == 0
             yield client, process
         finally:
@@ -241,8 +241,11 @@ def test_the_images_command_serves_the_stack_of_compose_without_rights(stranger:
         }
         with stranger.serving(words, **env) as (client, process):
             assert client.get("/v1/models", key="dev-secret").status == 401
-            listed = {model["id"] for model in client.get("/v1/models").json()["data"]}
-            assert {"default/hello", "sandbox/demo/demo"} <= listed
+            expected = {"default/hello", "sandbox/demo/demo"}
+            wait_for(  # each worker loads the agents for itself, and any of them answers
+                lambda: expected <= {model["id"] for model in client.get("/v1/models").json()["data"]},
+                what="the agent and the upstream's model are listed",
+            )
             question = {"messages": [{"role": "user", "content": "How do people greet in Paris?"}], "stream": True}
             for name in ("default/hello", "sandbox/demo/demo"):
                 answer = client.post("/v1/chat/completions", {"model": name, **question})
@@ -254,13 +257,12 @@ def test_the_images_command_serves_the_stack_of_compose_without_rights(stranger:
             )
             wait_for(  # a worker tells of its counts a little later
                 lambda: counted.search(client.get("/metrics/prometheus", key="sk-metrics").body),
-                timeout_s=10,
                 what="the three model calls are counted: two of the agent, one of the client",
             )
             database = stranger.home / "state" / "gateway.db"
-            wait_for(database.exists, timeout_s=10, what="the ledger has written")
+            wait_for(database.exists, what="the ledger has written")
             process.send_signal(signal.SIGTERM)
-            assert process.wait(15) == 0
+            assert process.wait(60) == 0
 
 
 def test_the_locks_pin_everything_with_hashes_and_name_no_index() -> None:

@@ -53,13 +53,13 @@ def weather(gateway: Gateway) -> str:
     folder = gateway.agents / "WeatherAgent"
     folder.mkdir()
     (folder / "agent.py").write_text(weather_agent(), encoding="utf-8")
-    wait_for(lambda: "default/weatheragent" in gateway.model_ids(), timeout_s=10, what="the saved agent is a model")
+    wait_for(lambda: "default/weatheragent" in gateway.model_ids(), what="the saved agent is a model")
     return "default/weatheragent"
 
 
 @pytest.fixture(params=["/v1", ""], ids=["v1", "bare root"])
 def client(gateway: Gateway, request: pytest.FixtureRequest) -> Iterator[OpenAI]:
-    with OpenAI(base_url=gateway.url + request.param, api_key="dev-secret", max_retries=0, timeout=30) as client:
+    with OpenAI(base_url=gateway.url + request.param, api_key="dev-secret", max_retries=0, timeout=60) as client:
         yield client
 
 

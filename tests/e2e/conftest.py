@@ -63,7 +63,8 @@ def gateway(tmp_path_factory: pytest.TempPathFactory, upstream: ObedientUpstream
         "Ignoring": {"client_tools": "ignore"},
     }.items():
         write_agent(home / "agents", name, f"You are {name.lower()}.", extra=f"__gateway__ = {settings!r}\n")
-    env = {"GATEWAY_STREAM_PING_S": "0.25", "GATEWAY_REQUEST_BODY_LIMIT_BYTES": "1000000"}
+    # No pings: one that came before an early failure would turn its status into an event of a stream.
+    env = {"GATEWAY_STREAM_PING_S": "60", "GATEWAY_REQUEST_BODY_LIMIT_BYTES": "1000000"}
     with running_gateway(home, env=env, key=ADMIN) as server:
         yield server
 
@@ -98,7 +99,7 @@ def openai_client() -> Iterator[Callable[..., OpenAI]]:
 
         def make(gateway: Gateway, *, key: str = CHAT, prefix: str = "/v1", **options: Any) -> OpenAI:
             options.setdefault("max_retries", 0)
-            options.setdefault("timeout", 30)
+            options.setdefault("timeout", 60)
             return stack.enter_context(OpenAI(base_url=gateway.url + prefix, api_key=key, **options))
 
         yield make

@@ -214,7 +214,7 @@ def _quoted(name: str) -> str:
 
 def test_every_way_to_a_model_agrees_with_the_reference(house: Gateway, upstream: ObedientUpstream) -> None:
     keys, outcomes = grants(), Counter[tuple[str, bool]]()
-    with closing(HTTPConnection("127.0.0.1", house.port, timeout=30)) as connection:
+    with closing(HTTPConnection("127.0.0.1", house.port, timeout=60)) as connection:
         caller = Caller(connection, upstream)
         for trial in trials():
             key = keys[trial.key]

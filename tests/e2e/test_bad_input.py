@@ -12,6 +12,7 @@ import pytest
 from tests.support.house import CHAT
 from tests.support.schema import assert_error
 from tests.support.server import Gateway
+from tests.support.waiting import in_time
 
 MODEL = "default/weatheragent"
 MESSAGES = [{"role": "user", "content": "say fine"}]
@@ -118,11 +119,15 @@ def test_a_raw_models_body_is_judged_by_the_same_rules(gateway: Gateway, case: s
 
 def test_a_hostile_body_does_not_block_other_requests(gateway: Gateway) -> None:
     many = b'{"model": "default/weatheragent", ' + b",".join(b'"k%d": 1' % i for i in range(60_000)) + b"}"
-    with socket.create_connection(("127.0.0.1", gateway.port), 10) as sock:
-        sock.sendall(head(len(many)) + many)
-        started = time.monotonic()
-        assert gateway.get("/health").status == 200
-        assert time.monotonic() - started < 1.0
+
+    def others_wait() -> float:
+        with socket.create_connection(("127.0.0.1", gateway.port), 60) as sock:
+            sock.sendall(head(len(many)) + many)
+            started = time.monotonic()
+            assert gateway.get("/health").status == 200
+            return time.monotonic() - started
+
+    in_time(others_wait, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +176,7 @@ def read_answer(sock: socket.socket) -> tuple[int, dict[str, Any]]:
 
 
 def test_a_body_over_the_limit_is_413_before_it_is_read(gateway: Gateway) -> None:
-    with socket.create_connection(("127.0.0.1", gateway.port), 10) as sock:
+    with socket.create_connection(("127.0.0.1", gateway.port), 60) as sock:
         sock.sendall(head(50_000_000))
         status, body = read_answer(sock)
     assert status == 413, "a declared length over the limit is refused before the body is sent"
@@ -180,7 +185,7 @@ def test_a_body_over_the_limit_is_413_before_it_is_read(gateway: Gateway) -> Non
 
 
 def test_a_chunked_body_over_the_limit_is_413_while_it_is_read(gateway: Gateway) -> None:
-    with socket.create_connection(("127.0.0.1", gateway.port), 10) as sock:
+    with socket.create_connection(("127.0.0.1", gateway.port), 60) as sock:
         top = head(0).replace(b"content-length: 0", b"transfer-encoding: chunked")
         sock.sendall(top)
         chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
@@ -198,7 +203,7 @@ def test_a_chunked_body_over_the_limit_is_413_while_it_is_read(gateway: Gateway)
 
 def test_the_key_is_checked_before_the_body_is_read(gateway: Gateway) -> None:
     for key in (None, "sk-wrong-0123456789abcdef"):
-        with socket.create_connection(("127.0.0.1", gateway.port), 10) as sock:
+        with socket.create_connection(("127.0.0.1", gateway.port), 60) as sock:
             sock.sendall(head(900_000, key=key) + b'{"model":')
             status, body = read_answer(sock)
         assert status == 401, "no body is needed to see that the key is wrong"
@@ -248,7 +253,7 @@ def test_odd_spellings_of_a_model_are_unknown(gateway: Gateway, model: str) -> N
 
 def test_raw_bytes_that_are_no_http_do_no_harm(gateway: Gateway) -> None:
     for junk in (b"\x16\x03\x01\x02\x00\x01\x00", b"GET\r\n\r\n", b"POST / HTTP/9.9\r\n\r\n", b"\x00" * 1000):
-        with socket.create_connection(("127.0.0.1", gateway.port), 10) as sock:
+        with socket.create_connection(("127.0.0.1", gateway.port), 60) as sock:
             sock.sendall(junk)
             sock.shutdown(socket.SHUT_WR)
             answer = sock.recv(65536)

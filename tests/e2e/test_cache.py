@@ -21,7 +21,7 @@ from tests.support.scripted_answers import Answer, Call, status
 from tests.support.scripted_faults import fault
 from tests.support.scripted_upstream import ScriptedUpstream
 from tests.support.server import Gateway, running_gateway
-from tests.support.waiting import wait_for
+from tests.support.waiting import in_time, wait_for
 
 REDIS_URL = os.environ.get("GATEWAY_TEST_REDIS_URL", "redis://127.0.0.1:6379/0")
 
@@ -103,8 +103,7 @@ def test_the_second_answer_comes_from_the_cache_and_costs_nothing(house: House) 
     assert second.headers["x-gateway-cost-usd"] == "0"
     assert "x-gateway-upstream" in first.headers and "x-gateway-upstream" not in second.headers
 
-    line = wait_for(lambda: [e for e in house.gateway.log_events("run.finished") if e.get("cached")])[0]
-    assert (line["model"], line["cost_usd"], line["outcome"]) == ("up/kept", 0, "success")
+    house.gateway.logged("run.finished", cached=True, model="up/kept", cost_usd=0, outcome="success")
     text = house.gateway.get("/metrics/prometheus").body.decode()
     for result in ("hit", "miss"):
         assert f'agent_gateway_cache_requests_total{{model="up/kept",result="{result}"}} ' in text
@@ -195,7 +194,7 @@ def test_a_stand_ins_answer_is_not_kept_as_the_models(house: House) -> None:
 
 def test_an_answer_is_kept_for_its_time_and_up_to_its_size(house: House) -> None:
     assert house.ask("short", "soon gone").headers["x-cache"] == "miss"
-    wait_for(lambda: house.ask("short", "soon gone").headers["x-cache"] == "miss", every_s=0.25, timeout_s=5)
+    wait_for(lambda: house.ask("short", "soon gone").headers["x-cache"] == "miss", every_s=0.25)
     house.upstream.enqueue(Answer(text="x" * 2000), Answer(text="x" * 2000))
     assert [house.ask("small", "long").headers["x-cache"] for _ in range(2)] == ["miss", "miss"]
     assert [house.ask("small", "brief").headers["x-cache"] for _ in range(2)] == ["miss", "hit"]
@@ -259,7 +258,8 @@ def test_the_same_question_at_the_same_time_is_asked_once(house: House, streamed
     assert house.asked(text) == 1
     assert sorted(a.headers["x-cache"] for a in answers) == ["hit"] * 7 + ["miss"]
     assert all(a.status == 200 and b"answer" in a.body for a in answers)
-    runs = [e for e in house.gateway.log_events("run.finished") if e["model"] == "up/streams"][-8:]
+    ids = {a.headers["x-request-id"] for a in answers}
+    runs = house.gateway.logged("run.finished", count=8, where=lambda line: line["request_id"] in ids)
     assert sorted(bool(run.get("cached")) for run in runs) == [False] + [True] * 7
 
 
@@ -291,7 +291,7 @@ def test_the_answer_goes_on_without_the_first_who_asked_and_ends_with_the_last(h
         chunks = two.chunks()
         next(chunks)
         leader.close()
-        wait_for(lambda: [e for e in house.gateway.log_events("http.client.gone") if e["model"] == "up/streams"])
+        house.gateway.logged("http.client.gone", model="up/streams")
         gate.open()
         assert "third" in json.dumps(list(chunks))
     assert house.asked("leave early") == 1
@@ -305,7 +305,7 @@ def test_the_answer_goes_on_without_the_first_who_asked_and_ends_with_the_last(h
         with house.gateway.stream("POST", "/v1/chat/completions", json_body=body) as two:
             next(two.chunks())
         left = time.monotonic()
-    assert house.upstream.wait_closed(number) - left < 1
+    assert house.upstream.wait_closed(number) - left < 20, "long before any deadline of the upstream"
     assert house.ask("streams", "all leave", stream=True).headers["x-cache"] == "miss"
 
 
@@ -337,14 +337,13 @@ def test_a_change_of_the_rules_holds_and_a_wrong_one_changes_nothing(tmp_path: P
             (tmp_path / "cache.yaml").write_text(CACHE, encoding="utf-8")
             wait_for(lambda: house.ask("kept", "reload").headers.get("x-cache") == "hit")
             (tmp_path / "cache.yaml").write_text("models: [{match: x, ttl: 1}]", encoding="utf-8")
-            failed = wait_for(lambda: gateway.log_events("config.reload.failed"))
-            assert failed[-1]["file"] == "cache.yaml" and "ttl_s" in failed[-1]["message"]
+            gateway.logged("config.reload.failed", file="cache.yaml", where=lambda line: "ttl_s" in line["message"])
             assert house.ask("kept", "reload").headers["x-cache"] == "hit"
 
 
 def test_two_processes_share_answers_and_calls_over_redis(tmp_path: Path) -> None:
     _need_redis()
-    rules = "models: [{match: 'up/*', backend: redis, streams: true, ttl_s: 60, wait_s: 10}]"
+    rules = "models: [{match: 'up/*', backend: redis, streams: true, ttl_s: 60, wait_s: 10}]\nredis: {timeout_s: 5}"
     name = secrets.token_hex(8)
     with ScriptedUpstream() as upstream:
         env = furnish(tmp_path, upstream, rules) | {"GATEWAY_REDIS_URL": REDIS_URL}
@@ -373,10 +372,15 @@ def test_without_redis_every_request_goes_to_its_upstream_without_delay(tmp_path
         with running_gateway(tmp_path, env=env, key=ADMIN) as gateway:
             house = House(gateway, upstream)
             house.ask("m", "down")
-            started = time.monotonic()
-            answers = [house.ask("m", "down") for _ in range(20)]
-            assert time.monotonic() - started < 2
-            assert {(a.status, a.headers["x-cache"]) for a in answers} == {(200, "miss")}
+
+            def ask_again() -> float:
+                started = time.monotonic()
+                answers = [house.ask("m", "down") for _ in range(20)]
+                assert {(a.status, a.headers["x-cache"]) for a in answers} == {(200, "miss")}
+                return time.monotonic() - started
+
+            in_time(ask_again, 2)
+            gateway.logged("cache.redis.failed")
             assert len(gateway.log_events("cache.redis.failed")) == 1
             assert (
                 'agent_gateway_cache_errors_total{backend="redis"} 1'

@@ -234,7 +234,7 @@ def settle(stage: Stage) -> dict[str, bytes]:
     last = stage.gateway.get("/v1/models", headers={"x-request-id": "last-of-all"})
     assert last.status == 200
     stage.collector.wait_for_request("last-of-all")
-    wait_for(lambda: '"request_id":"last-of-all"' in stage.gateway.log_text(), what="the log is written")
+    stage.gateway.logged("http.request", request_id="last-of-all")
     shown = {
         path: stage.gateway.get(path).body
         for path in ("/health", "/readyz", "/agents", "/agents/errors", "/upstreams", "/metrics", "/metrics/prometheus",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import struct
@@ -14,9 +15,10 @@ from tests.support.by_hand import read_until, send_by_hand
 from tests.support.house import CHAT
 from tests.support.obedient_upstream import Call, ObedientUpstream
 from tests.support.server import Gateway
-from tests.support.waiting import wait_for
+from tests.support.waiting import in_time, wait_for
 
 MODELS = ["default/weatheragent", "local/test-model"]
+LONG_BEFORE_A_DEADLINE_S = 20.0
 
 
 def send(gateway: Gateway, body: dict[str, Any]) -> socket.socket:
@@ -24,8 +26,9 @@ def send(gateway: Gateway, body: dict[str, Any]) -> socket.socket:
 
 
 def assert_upstream_closed(call: Call, left: float) -> None:
-    assert call.hung_up.wait(5), "the upstream call went on after the client had left"
-    assert call.hung_up_at - left < 1.0
+    """It ended because the client left: no deadline of the gateway would have ended it by then."""
+    assert call.hung_up.wait(60), "the upstream call went on after the client had left"
+    assert call.hung_up_at - left < LONG_BEFORE_A_DEADLINE_S
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -44,34 +47,31 @@ def test_streamed_after_some_tokens(gateway: Gateway, upstream: ObedientUpstream
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("streamed", [True, False])
 def test_before_the_first_token(gateway: Gateway, upstream: ObedientUpstream, model: str, streamed: bool) -> None:
-    marker = f"leaves early {streamed} {model}"
-    text = f"[fault=hang] say {marker}"
-    sock = send(gateway, {"model": model, "stream": streamed, "messages": [{"role": "user", "content": text}]})
-    with sock:
-        call = upstream.wait_for_call(marker)
-        assert call.started.wait(5)
-    assert_upstream_closed(call, time.monotonic())
+    numbers = itertools.count()
+
+    def leave() -> float:
+        marker = f"leaves early {streamed} {model} {next(numbers)}"
+        text = f"[fault=hang] say {marker}"
+        sock = send(gateway, {"model": model, "stream": streamed, "messages": [{"role": "user", "content": text}]})
+        with sock:
+            call = upstream.wait_for_call(marker)
+            assert call.started.wait(60)
+        left = time.monotonic()
+        assert_upstream_closed(call, left)
+        return call.hung_up_at - left
+
+    in_time(leave, 1.0)
 
 
 def test_while_a_tool_runs_the_run_is_cancelled(gateway: Gateway, upstream: ObedientUpstream) -> None:
-    text = 'call wait {"seconds": 3} ;; say tool finished anyway'
+    text = 'call wait {"seconds": 100} ;; say tool finished anyway'
     request = {"model": "default/tooltrouble", "stream": True, "messages": [{"role": "user", "content": text}]}
     sock = send(gateway, request)
     with sock:
         call = upstream.wait_for_call("tool finished anyway")
-        assert call.finished.wait(5)
-    wait_for(lambda: gateway.log_events("http.client.gone"), what="the run's end is logged")
-    time_left = time.monotonic()
-    wait_for(
-        lambda: any(
-            line["outcome"] == "cancelled" and line["model"] == "default/tooltrouble"
-            for line in gateway.log_events("run.finished")
-        ),
-        timeout_s=2,
-        what="the run is recorded as cancelled",
-    )
-    assert time.monotonic() - time_left < 2
-    assert len(upstream.find("tool finished anyway")) == 1
+        assert call.finished.wait(60)
+    gateway.logged("run.finished", outcome="cancelled", model="default/tooltrouble")
+    assert len(upstream.find("tool finished anyway")) == 1, "the run ended before its tool did"
 
 
 def test_in_an_inner_agents_call(gateway: Gateway, upstream: ObedientUpstream) -> None:
@@ -87,7 +87,7 @@ def test_in_an_inner_agents_call(gateway: Gateway, upstream: ObedientUpstream) -
             lambda: [c for c in upstream.find("inner agent left alone") if "French" in c.system],
             what="the inner agent asks the upstream",
         )[0]
-        assert call.started.wait(5)
+        assert call.started.wait(60)
     assert_upstream_closed(call, time.monotonic())
 
 
@@ -107,6 +107,6 @@ def test_a_client_that_stays_is_not_cut_by_others_that_leave(gateway: Gateway, u
             request = {"model": "default/weatheragent", "messages": [{"role": "user", "content": text}]}
             with send(gateway, request):
                 call = upstream.wait_for_call(f"leaver {index}")
-            assert call.hung_up.wait(5)
+            assert call.hung_up.wait(60)
         upstream.find("three staying")[-1].release()
         assert b"staying" in read_until(stay, b"[DONE]")

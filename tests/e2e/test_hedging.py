@@ -40,6 +40,9 @@ health_interval_s: 3600
 """
 
 
+LONG_BEFORE_A_DEADLINE_S = 20.0
+
+
 @dataclass
 class House:
     gateway: Gateway
@@ -78,7 +81,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         (home / "security.yaml").write_text("version: 1\napi_keys:\n" + row, encoding="utf-8")
         write_agent(home / "agents", "Helper", "Help.", extra='__gateway__ = {"model": "quick"}\n')
         with running_gateway(home, key=ADMIN) as gateway:
-            wait_for(lambda: len(gateway.listing()) == 1, timeout_s=30, what="the agent is there")
+            wait_for(lambda: len(gateway.listing()) == 1, what="the agent is there")
             yield House(gateway, first, second, dead)
 
 
@@ -112,16 +115,18 @@ def test_a_second_target_answers_where_the_first_is_slow(house: House, model: st
     started = time.monotonic()
     answer = house.ask(model, streamed=streamed)
     assert (answer.status, text_of(answer)) == (200, "second"), answer.body
-    assert 0.15 <= time.monotonic() - started < 3
+    assert 0.15 <= time.monotonic() - started < LONG_BEFORE_A_DEADLINE_S
     assert answer.headers["x-gateway-upstream"] == "second"
     assert (answer.headers["x-gateway-attempts"], answer.headers["x-gateway-hedged"]) == ("2", "true")
     assert house.counts() == (1, 1)
-    assert house.first.wait_closed(1) - started < 2.0, "the slow request is given up at once"
+    assert house.first.wait_closed(1) - started < LONG_BEFORE_A_DEADLINE_S, "the slow request is given up at once"
     assert house.second.requests[0].json["model"] == "n"
     assert house.hedges("second", "won") == won + 1
-    line = house.gateway.log_events("routing.hedged")[-1]
-    assert (line["upstream"], line["next_upstream"], line["route"]) == ("first", "second", "quick")
-    assert house.gateway.log_events("routing.decided")[-1]["hedged"] is True
+    request_id = answer.headers["x-request-id"]
+    house.gateway.logged(
+        "routing.hedged", request_id=request_id, upstream="first", next_upstream="second", route="quick"
+    )
+    house.gateway.logged("routing.decided", request_id=request_id, hedged=True)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -134,7 +139,7 @@ def test_the_hedge_that_comes_too_late_is_cancelled(house: House, streamed: bool
     assert text_of(answer) == "first"
     assert answer.headers["x-gateway-upstream"] == "first"
     assert (answer.headers["x-gateway-attempts"], answer.headers["x-gateway-hedged"]) == ("2", "true")
-    assert house.second.wait_closed(1) - started < 2.0
+    assert house.second.wait_closed(1) - started < LONG_BEFORE_A_DEADLINE_S
     assert house.hedges("second", "lost") == lost + 1
 
 
@@ -142,7 +147,7 @@ def test_the_usage_of_the_request_that_lost_is_estimated_and_charged(house: Hous
     house.first.script("m", fault("hang_before_headers"))
     answer = house.ask("quick")
     assert answer.json()["usage"]["prompt_tokens"] == 11, "the client sees the upstream's own numbers"
-    finished = house.gateway.log_events("run.finished")[-1]
+    (finished,) = house.gateway.logged("run.finished", request_id=answer.headers["x-request-id"])
     assert finished["usage_estimated"] is True
     assert finished["input_tokens"] == 11 + len(house.first.requests[0].body) // 4
 
@@ -204,8 +209,8 @@ def test_both_requests_end_when_the_client_leaves(house: House, streamed: bool) 
     with send_by_hand(house.gateway, body, key=ADMIN):
         house.second.wait_for_request(1)
     left = time.monotonic()
-    assert house.first.wait_closed(1) - left < 1.0
-    assert house.second.wait_closed(1) - left < 1.0
+    assert house.first.wait_closed(1) - left < LONG_BEFORE_A_DEADLINE_S
+    assert house.second.wait_closed(1) - left < LONG_BEFORE_A_DEADLINE_S
 
 
 def test_a_percentile_is_learnt_first(house: House) -> None:
@@ -215,7 +220,7 @@ def test_a_percentile_is_learnt_first(house: House) -> None:
     house.first.script("u", fault("hang_before_headers"))
     started = time.monotonic()
     assert house.ask("usual").headers["x-gateway-hedged"] == "true"
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < LONG_BEFORE_A_DEADLINE_S
     # Streams are another matter: none was measured.
     house.first.script("u", Answer(text="first", first_delay_s=0.3))
     assert "x-gateway-hedged" not in house.ask("usual", streamed=True).headers

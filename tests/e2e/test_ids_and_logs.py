@@ -11,7 +11,6 @@ from openai import OpenAI
 from tests.support.house import ADMIN, CHAT, NARROW, UPSTREAM_KEY, drop
 from tests.support.obedient_upstream import ObedientUpstream
 from tests.support.server import Gateway
-from tests.support.waiting import wait_for
 
 
 def test_every_answer_has_a_request_id(gateway: Gateway) -> None:
@@ -58,17 +57,10 @@ def test_one_request_can_be_followed_through_the_log(gateway: Gateway, client: O
         messages=[{"role": "user", "content": 'call get_weather {"city":"Log"} ;; echo'}],
         extra_headers={"x-request-id": "follow-me"},
     )
-    lines = wait_for(
-        lambda: (
-            [line for line in gateway.log_lines() if line.get("request_id") == "follow-me"]
-            if any(x["event"] == "http.request" for x in gateway.log_lines() if x.get("request_id") == "follow-me")
-            else []
-        )
+    gateway.logged("http.request", request_id="follow-me")
+    gateway.logged(
+        "run.finished", request_id="follow-me", model="default/weatheragent", key_id="chat", outcome="success"
     )
-    events = {line["event"] for line in lines}
-    assert {"http.request", "run.finished"} <= events
-    run = next(line for line in lines if line["event"] == "run.finished")
-    assert (run["model"], run["key_id"], run["outcome"]) == ("default/weatheragent", "chat", "success")
 
 
 def test_every_line_of_the_log_is_json_with_the_same_fields(gateway: Gateway) -> None:
@@ -99,7 +91,7 @@ def test_no_secret_and_no_prompt_is_in_the_log(gateway: Gateway, client: OpenAI,
             gateway.post("/v1/chat/completions", body)
     body = {"model": "default/tooltrouble", "messages": [{"role": "user", "content": "call hard ;; say x"}]}
     gateway.post("/v1/chat/completions", body, headers={"x-request-id": "after-canaries"})
-    wait_for(lambda: "after-canaries" in gateway.log_text())
+    gateway.logged("http.request", request_id="after-canaries")
     text = gateway.log_text()
     for secret in (
         ADMIN,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from tests.e2e.conftest import GatewayFactory
 from tests.support.house import CHAT, write_agent
-from tests.support.waiting import wait_for
 
 TOOL = """\
 import time
@@ -26,12 +25,7 @@ def test_a_tool_that_blocks_the_loop_is_named(start: GatewayFactory) -> None:
         body = {"model": "default/slow", "messages": messages, "stream": stream}
         headers = {"x-request-id": f"slow-{number}"}
         assert gateway.post("/v1/chat/completions", body, key=CHAT, headers=headers).status == 200
-
-    def named() -> list[dict[str, object]]:
-        return [line for line in gateway.log_events("loop.blocked") if line.get("tool_name")]
-
-    wait_for(lambda: len(named()) == 2, what="both calls are told of")
-    for number, line in enumerate(named()):
+    for number, line in enumerate(gateway.logged("loop.blocked", count=2, where=lambda line: line.get("tool_name"))):
         assert (line["tool_name"], line["agent_id"], line["caused_by"]) == ("ponder", "default/slow", f"slow-{number}")
         assert str(line["module_path"]).endswith("Slow/agent.py") and line["function"] == "ponder"
         assert line["line"] == 10

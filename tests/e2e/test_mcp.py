@@ -46,7 +46,7 @@ def library(folder: Path, port: int, shelf: str) -> Iterator[None]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        wait_for(lambda: _listens(port), timeout_s=20, what="the MCP server listens")
+        wait_for(lambda: _listens(port), what="the MCP server listens")
         yield
     finally:
         process.kill()
@@ -101,7 +101,7 @@ def test_stdio_server_is_started_once_restarted_after_its_death_and_ends_with_it
 
     write_agent(gateway.agents, "McpStdio", "No server any more.")
     started = [int(p) for p in pids.read_text(encoding="utf-8").split()]
-    wait_for(lambda: not any(map(_runs, started)), timeout_s=15, what="the old generation's server has ended")
+    wait_for(lambda: not any(map(_runs, started)), what="the old generation's server has ended")
 
 
 def _runs(pid: int) -> bool:

@@ -69,7 +69,8 @@ def test_gateway_dev_serves_a_folder_from_anywhere_and_says_how_to_call_it(tmp_p
     command = ("-m", "gateway_cli", "dev", str(home / "agents"), "--port")
     with running_gateway(home, command=command, cwd=elsewhere, key="dev-secret") as gateway:
         assert "default/weatheragent" in gateway.model_ids()
-        banner = wait_for(lambda: gateway.log_text() if "curl" in gateway.log_text() else "")
+        wait_for(lambda: "curl" in gateway.log_text(), what="the banner is printed")
+        banner = gateway.log_text()
         assert "default/weatheragent" in banner and "dev-secret" in banner and "OpenAI" in banner
         shutil.copytree(FIXTURES / "Handoff", gateway.agents / "Handoff")
         wait_for(lambda: "default/handoff" in gateway.model_ids(), what="gateway dev watches its folder")

@@ -78,6 +78,7 @@ def upstream() -> Iterator[ScriptedUpstream]:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, upstream: ScriptedUpstream) -> Iterator[Gateway]:
     home = tmp_path_factory.mktemp("served")
+    (home / "routing.yaml").write_text("health_interval_s: 3600\n", encoding="utf-8")
     (home / "upstreams.yaml").write_text(
         f"version: 1\nupstreams: [{{name: up, base_url: '{upstream.base_url}', "
         "models: [m, endless], default_model: m}]\n",
@@ -94,7 +95,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, upstream: ScriptedUpstream)
     }
     with running_gateway(home, env=env, key=ADMIN, command=serve(WORKERS)) as gateway:
         serving(gateway, WORKERS)
-        wait_for(lambda: in_workers(gateway, "default/caller") == ["ready", "ready"], timeout_s=60, what="agents")
+        wait_for(lambda: in_workers(gateway, "default/caller") == ["ready", "ready"], what="agents")
         yield gateway
 
 
@@ -206,7 +207,7 @@ def test_a_made_key_opens_every_worker_and_its_end_cuts_the_streams_of_all(
         assert served.request("DELETE", "/security/keys/guest").status == 200
         ends = [json.loads(list(events)[-1]) for events in streams]
         assert {end["error"]["code"] for end in ends} == {"invalid_api_key"}
-        assert time.monotonic() - revoked < 5
+        assert time.monotonic() - revoked < 20, "long before the streams end by themselves"
     wait_for(lambda: statuses(served, key) == {401}, what="every worker refuses the key")
 
 
@@ -282,17 +283,15 @@ def test_a_worker_whose_loop_stands_still_is_replaced(served: Gateway, upstream:
 
     thread = threading.Thread(target=call)
     thread.start()
-    wait_for(lambda: served.log_events("worker.stalled"), timeout_s=20, what="the worker is given up")
-    (stalled,) = served.log_events("worker.stalled")
+    (stalled,) = served.logged("worker.stalled")
     assert (stalled["pid"], stalled["after_s"]) == (before[stalled["slot"]], STALL_S)
     after = wait_for(
         lambda: (now := serving(served, WORKERS)) and now[stalled["slot"]] != stalled["pid"] and now,
-        timeout_s=30,
         what="another has its slot",
     )
     other = 1 - stalled["slot"]
     assert after[other] == before[other]
-    thread.join(10)
+    thread.join(60)
     assert outcome and outcome != ["200"]
-    (died,) = served.log_events("worker.died")
+    (died,) = served.logged("worker.died")
     assert "SIGKILL" in died["message"]

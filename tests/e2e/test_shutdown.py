@@ -31,6 +31,7 @@ def test_sigterm_tells_the_streams_that_do_not_end_and_goes(tmp_path: Path) -> N
         (tmp_path / "agents" / name).mkdir(parents=True)
         (tmp_path / "agents" / name / "agent.py").write_text(text, encoding="utf-8")
     with ScriptedUpstream() as upstream:
+        (tmp_path / "routing.yaml").write_text("health_interval_s: 3600\n", encoding="utf-8")
         (tmp_path / "upstreams.yaml").write_text(
             "version: 1\nupstreams:\n"
             f"  - {{name: up, provider: openai-compatible, base_url: '{upstream.base_url}',\n"
@@ -39,8 +40,8 @@ def test_sigterm_tells_the_streams_that_do_not_end_and_goes(tmp_path: Path) -> N
         )
         with (
             running_gateway(tmp_path, env={"GATEWAY_SHUTDOWN_DRAIN_S": "1"}, key="dev-secret") as gateway,
-            closing(http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=30)) as streaming,
-            closing(http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=30)) as stuck,
+            closing(http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=60)) as streaming,
+            closing(http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=60)) as stuck,
         ):
             family = descendants(gateway.process.pid)
             upstream.enqueue(fault("hang_part_way"))
@@ -48,7 +49,7 @@ def test_sigterm_tells_the_streams_that_do_not_end_and_goes(tmp_path: Path) -> N
             answer = streaming.getresponse()
             assert answer.status == 200 and answer.readline()
             _ask(stuck, "default/stuck", stream=False)
-            wait_for(lambda: len(upstream.requests) >= 2, timeout_s=10, what="the stuck agent asks its model")
+            wait_for(lambda: len(upstream.requests) >= 2, what="the stuck agent asks its model")
             gateway.process.send_signal(signal.SIGTERM)
             rest = answer.read()
             refused = stuck.getresponse()
@@ -56,8 +57,8 @@ def test_sigterm_tells_the_streams_that_do_not_end_and_goes(tmp_path: Path) -> N
             assert (refused.status, refused.getheader("retry-after")) == (503, "1")
             assert json.loads(rest.rstrip().rpartition(b"data: ")[2])["error"]["code"] == "shutting_down"
             assert b"[DONE]" not in rest
-            gateway.process.wait(15)
-        wait_for(lambda: not any(map(_lives, family)), timeout_s=5, what="the gateway's children are gone")
+            gateway.process.wait(60)
+        wait_for(lambda: not any(map(_lives, family)), what="the gateway's children are gone")
 
 
 def _ask(connection: http.client.HTTPConnection, model: str, *, stream: bool) -> None:

@@ -28,7 +28,7 @@ from tests.support.waiting import wait_for
 UPSTREAMS = "version: 1\nupstreams:\n  - {{name: up, base_url: {url}, models: [m, n], default_model: m}}\n"
 PATIENT = {"GATEWAY_KEY_FAILURES_PER_MINUTE": "100000"}
 """A test that waits for a 401 guesses keys faster than anybody should."""
-SOON_S = 3.0
+LONG_BEFORE_A_DEADLINE_S = 20.0
 """What a busy machine may make of one second."""
 
 
@@ -50,6 +50,7 @@ class House:
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[tuple[Path, ScriptedUpstream]]:
     with ScriptedUpstream() as upstream:
+        (tmp_path / "routing.yaml").write_text("health_interval_s: 3600\n", encoding="utf-8")
         (tmp_path / "upstreams.yaml").write_text(UPSTREAMS.format(url=upstream.base_url), encoding="utf-8")
         (tmp_path / "security.yaml").write_text(SECURITY.replace("HIDE", "false"), encoding="utf-8")
         yield tmp_path, upstream
@@ -74,7 +75,7 @@ def test_a_key_is_made_used_rotated_and_revoked_over_two_processes(house: House)
     with ExitStack() as stack:
         one, two = (stack.enter_context(running_gateway(house.folder, env=house.env, key=ADMIN)) for _ in range(2))
         secret = make(one, id="alice", allow_agents=["up/m"], description="Alice's laptop")
-        wait_for(lambda: house.lets_in(two, secret) == 200, timeout_s=SOON_S, what="the other process knows the key")
+        wait_for(lambda: house.lets_in(two, secret) == 200, what="the other process knows the key")
         assert (house.ask(one, secret), house.ask(two, secret)) == (200, 200)
         foreign = {"model": "up/n", "messages": [{"role": "user", "content": "Hello"}]}
         assert two.post("/v1/chat/completions", foreign, key=secret).status == 403
@@ -86,13 +87,11 @@ def test_a_key_is_made_used_rotated_and_revoked_over_two_processes(house: House)
         assert secret not in listed.body.decode()
 
         newer = one.post("/security/keys/alice/rotate", {"grace_s": 3600}).json()["key"]
-        wait_for(lambda: house.lets_in(two, newer) == 200, timeout_s=SOON_S, what="the new secret is known")
+        wait_for(lambda: house.lets_in(two, newer) == 200, what="the new secret is known")
         assert house.lets_in(two, secret) == 200
         newest = one.post("/security/keys/alice/rotate", {"grace_s": 0}).json()["key"]
         assert (house.lets_in(one, newest), house.lets_in(one, newer), house.lets_in(one, secret)) == (200, 401, 401)
-        wait_for(
-            lambda: house.lets_in(two, newer) == 401, timeout_s=SOON_S, what="the old secret is refused there, too"
-        )
+        wait_for(lambda: house.lets_in(two, newer) == 401, what="the old secret is refused there, too")
 
         house.upstream.enqueue(fault("hang_part_way"))
         body = {"model": "up/m", "stream": True, "messages": [{"role": "user", "content": "Hello"}]}
@@ -102,7 +101,7 @@ def test_a_key_is_made_used_rotated_and_revoked_over_two_processes(house: House)
             revoked = time.monotonic()
             assert one.request("DELETE", "/security/keys/alice").json()["revoked_at"] is not None
             last = [json.loads(data) for data in events][-1]
-            assert time.monotonic() - revoked < SOON_S
+            assert time.monotonic() - revoked < LONG_BEFORE_A_DEADLINE_S
             assert last["error"]["code"] == "invalid_api_key"
         assert (house.lets_in(one, newest), house.lets_in(two, newest)) == (401, 401)
         assert one.request("DELETE", "/security/keys/alice").status == 404
@@ -154,16 +153,17 @@ def test_a_terminal_makes_and_ends_keys_of_a_running_gateway(folder: tuple[Path,
     pepper = {"GATEWAY_KEY_PEPPER": "a pepper of at least sixteen"}
     with running_gateway(house.folder, env=house.env | pepper, key=ADMIN) as gateway:
         made = json.loads(gateway_keys("create", "bob", "--allow", "up/*", "--expires", "2090-01-01", "--json"))
-        wait_for(lambda: house.lets_in(gateway, made["key"]) == 200, timeout_s=SOON_S, what="the gateway knows the key")
+        wait_for(lambda: house.lets_in(gateway, made["key"]) == 200, what="the gateway knows the key")
         assert "bob  active  2090-01-01  chat    up/*" in gateway_keys("list")
         gateway_keys("create", "bob", status=1)
         gateway_keys("revoke", "bob")
-        wait_for(lambda: house.lets_in(gateway, made["key"]) == 401, timeout_s=SOON_S, what="the key is refused")
+        wait_for(lambda: house.lets_in(gateway, made["key"]) == 401, what="the key is refused")
         assert "bob  revoked" in gateway_keys("list")
         other = json.loads(gateway_keys("create", "carol", "--json"))["key"]
     with running_gateway(house.folder, env=house.env, key=ADMIN) as gateway:
         # Whoever has the database but not the pepper has no key that works.
         assert house.lets_in(gateway, other) == 401
+        gateway.logged("api_key.pepper.missing")
         assert len(gateway.log_events("api_key.pepper.missing")) == 1
 
 

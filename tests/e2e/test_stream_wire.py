@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from http.client import HTTPConnection
 from typing import Any
 
 import pytest
 
-from tests.support.house import CHAT
+from tests.support.house import ADMIN, CHAT, drop, furnish, write_agent
 from tests.support.obedient_upstream import ObedientUpstream
 from tests.support.schema import assert_chunk, assert_completion, assert_error
-from tests.support.server import Gateway
+from tests.support.server import Gateway, running_gateway
 
 MODELS = ["default/weatheragent", "local/test-model"]
 
@@ -107,10 +108,21 @@ def test_first_event_is_delivered_while_the_upstream_still_writes(
     assert text_of(rest).strip().startswith("late")
 
 
+@pytest.fixture(scope="module")
+def pinging(tmp_path_factory: pytest.TempPathFactory, upstream: ObedientUpstream) -> Iterator[Gateway]:
+    """A gateway that does not bear a quarter of a second of silence."""
+    home = tmp_path_factory.mktemp("pinging")
+    furnish(home, upstream.url)
+    drop("WeatherAgent", home / "agents")
+    write_agent(home / "agents", "Hasty", "You are hasty.", extra='__gateway__ = {"upstream": "hasty"}\n')
+    with running_gateway(home, env={"GATEWAY_STREAM_PING_S": "0.25"}, key=ADMIN) as server:
+        yield server
+
+
 @pytest.mark.parametrize("model", MODELS)
-def test_silence_is_filled_with_comments(gateway: Gateway, upstream: ObedientUpstream, model: str) -> None:
+def test_silence_is_filled_with_comments(pinging: Gateway, upstream: ObedientUpstream, model: str) -> None:
     text = f"[hold=0] say after silence {model}"
-    with gateway.stream("POST", "/v1/chat/completions", json_body=body(model, text)) as stream:
+    with pinging.stream("POST", "/v1/chat/completions", json_body=body(model, text)) as stream:
         lines = stream.lines()
         assert next(line for line in lines if line).startswith(":"), "a comment, before the first token"
         assert next(line for line in lines if line).startswith(":"), "and another"
@@ -122,8 +134,8 @@ def test_silence_is_filled_with_comments(gateway: Gateway, upstream: ObedientUps
 
 
 @pytest.mark.parametrize("model", ["default/hasty", "hasty/hasty-model"])
-def test_failure_after_the_first_comment_is_an_error_in_the_stream(gateway: Gateway, model: str) -> None:
-    with gateway.stream("POST", "/v1/chat/completions", json_body=body(model, "[fault=hang] say x")) as stream:
+def test_failure_after_the_first_comment_is_an_error_in_the_stream(pinging: Gateway, model: str) -> None:
+    with pinging.stream("POST", "/v1/chat/completions", json_body=body(model, "[fault=hang] say x")) as stream:
         assert stream.status == 200
         lines = list(stream.lines())
     data = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
@@ -244,7 +256,7 @@ def test_usage_of_a_streamed_run_with_a_tool_is_the_sum(gateway: Gateway) -> Non
 
 
 def test_one_connection_serves_a_stream_an_error_and_an_answer(gateway: Gateway) -> None:
-    with closing(HTTPConnection("127.0.0.1", gateway.port, timeout=20)) as connection:
+    with closing(HTTPConnection("127.0.0.1", gateway.port, timeout=60)) as connection:
         for request, status in (
             (body(MODELS[0], "say one"), 200),
             (body(MODELS[0], "say one", temperature="hot"), 400),

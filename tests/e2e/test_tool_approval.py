@@ -34,7 +34,7 @@ def gateway(tmp_path: Path) -> Iterator[Gateway]:
     (tmp_path / "security.yaml").write_text("version: 1\n")
     env = {"GATEWAY_TOOL_CONFIG": str(tmp_path / "tools.yaml"), "GATEWAY_API_KEY": KEY}
     with running_gateway(tmp_path, env=env, key=KEY, command=SERVE) as started:
-        wait_for(lambda: everywhere(started) == [200] * 6, timeout_s=20, what="both workers offer the tool")
+        wait_for(lambda: everywhere(started) == [200] * 6, what="both workers offer the tool")
         yield started
 
 
@@ -109,7 +109,6 @@ def test_a_server_that_offers_nothing_is_shown_with_the_reason(tmp_path: Path) -
     with running_gateway(tmp_path, env=env, key=KEY) as gateway:
         wait_for(
             lambda: gateway.get("/tools").json()["entries"][0]["health"]["status"] == "down",
-            timeout_s=10,
             what="the server is known to be down",
         )
         status, text = command(gateway, "list")

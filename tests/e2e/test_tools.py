@@ -343,14 +343,13 @@ def test_calls_are_counted_and_logged_without_arguments(shop: Gateway) -> None:
     script = f"call ask {json.dumps({'input': inner_script})} ;; echo"
     ask(shop, script, model=outer)
     invoke(shop, "weather", {"city": "canary-city"})
-    lines = shop.log_events("tool.invoke")
-    seen = {(line["tool_name"], line["provider"], line["source"], line["status"]) for line in lines}
-    assert {
-        ("weather", "local", "sdk", "success"),
-        ("weather", "local", "api", "success"),
-        ("native", "native", "sdk", "success"),
-    } <= seen
-    inner = [line for line in lines if line.get("agent") == "Inner"]
+    for name, provider, source in (
+        ("weather", "local", "sdk"),
+        ("weather", "local", "api"),
+        ("native", "native", "sdk"),
+    ):
+        shop.logged("tool.invoke", tool_name=name, provider=provider, source=source, status="success")
+    inner = shop.logged("tool.invoke", count=2, agent="Inner")
     assert {line["tool_name"] for line in inner} == {"native", "weather"}
     runs = {line["run_id"] for line in inner}
     assert len(runs) == 1 and None not in runs and {line["key_id"] for line in inner} == {"chat"}
@@ -373,13 +372,13 @@ def test_a_refresh_drops_old_callables_while_running_calls_finish(start: Gateway
     answers: list[Response] = []
     running = threading.Thread(target=lambda: answers.append(invoke(gateway, "hang")))
     running.start()
-    wait_for(lambda: invoke(gateway, "whole", {"x": 1}).status == 200, timeout_s=5, what="the server answers")
+    wait_for(lambda: invoke(gateway, "whole", {"x": 1}).status == 200, what="the server answers")
     (home / "shop_tools.py").write_text(CODE.replace('"one"', '"two"'), encoding="utf-8")
     assert invoke(gateway, "weather", {"city": "x"}).json()["result"]["version"] == "one"
     assert gateway.request("POST", "/tools/refresh", key=ADMIN).status == 200
     assert invoke(gateway, "weather", {"city": "x"}).json()["result"]["version"] == "two"
     (home / "go").touch()
-    running.join(20)
+    running.join(60)
     assert answers[0].json()["result"] == "one"
     (home / "tools.yaml").write_text("tools: [{name: x, provider: locl}]", encoding="utf-8")
     refused = gateway.request("POST", "/tools/refresh", key=ADMIN)
@@ -392,7 +391,7 @@ def test_the_file_is_watched(start: GatewayFactory, tmp_path: Path) -> None:
     gateway = start(prepare=prepare_tools, env=env_of(home, GATEWAY_TOOL_AUTO_RELOAD="1"))
     assert invoke(gateway, "fresh", {"city": "x"}).status == 404
     (home / "tools.yaml").write_text(TOOLS + '  - {name: fresh, provider: local, module: "shop_tools:weather"}\n')
-    wait_for(lambda: invoke(gateway, "fresh", {"city": "x"}).status == 200, timeout_s=10, what="the new tool is there")
+    wait_for(lambda: invoke(gateway, "fresh", {"city": "x"}).status == 200, what="the new tool is there")
 
 
 # --- HTTP ------------------------------------------------------------------------------------------------------------
@@ -623,25 +622,24 @@ def test_documents_and_secrets_are_watched_with_the_file_that_names_them(start: 
 
         gateway = start(prepare=fill, env=env_of(tmp_path / "home", GATEWAY_TOOL_AUTO_RELOAD="1"))
         assert invoke(gateway, "ask").json()["result"] == "first"
-        wait_for(lambda: gateway.log_events("agent.watch.started"), timeout_s=10, what="files are watched")
+        gateway.logged("agent.watch.started")
 
         def rotated() -> bool:
             secret.write_text("second")
             return invoke(gateway, "ask").json()["result"] == "second"
 
-        wait_for(rotated, timeout_s=10, what="the new secret is used")
+        wait_for(rotated, what="the new secret is used")
         text = json.dumps(DOCUMENT).replace("getOrder", "findOrder")
         (gateway.home / "shop.json").write_text(text)
         wait_for(
             lambda: "shop__findOrder" in {tool["name"] for tool in gateway.get("/tools", key=ADMIN).json()["data"]},
-            timeout_s=10,
             what="the new document is read",
         )
 
 
 def test_a_read_only_call_ends_when_its_client_leaves(start: GatewayFactory, tmp_path: Path) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
-    listener.settimeout(10)
+    listener.settimeout(60)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
     text = f'tools: [{{name: slow, provider: http, method: GET, url: "{url}", network: {OWN}}}]'
 
@@ -654,12 +652,11 @@ def test_a_read_only_call_ends_when_its_client_leaves(start: GatewayFactory, tmp
     head = f"POST /tools/slow/invoke HTTP/1.1\r\nhost: localhost\r\nx-api-key: {CHAT}\r\ncontent-length: 2\r\n\r\n"
     client.sendall(head.encode() + b"{}")
     with listener, listener.accept()[0] as served:
-        served.settimeout(10)
+        served.settimeout(60)
         assert served.recv(4096)
         client.close()
         assert served.recv(4096) == b""  # within a second, well before the tool's timeout
     wait_for(
         lambda: [line["status"] for line in gateway.log_events("tool.invoke")] == ["cancelled"],
-        timeout_s=5,
         what="the call is logged as cancelled",
     )

@@ -15,7 +15,6 @@ from gateway_cli.main import main
 from tests.e2e.conftest import GatewayFactory
 from tests.support.house import CHAT, NARROW, drop, write_agent
 from tests.support.server import Gateway
-from tests.support.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "guides" / "Troubleshooting.md").read_text(encoding="utf-8")
@@ -70,7 +69,7 @@ def test_the_rows_that_a_running_gateway_shows(house: Gateway, capsys: pytest.Ca
 
 def agent_is_missing(house: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
     assert not {"default/denied", "default/nameless"} & house.model_ids()
-    (blocked,) = wait_for(lambda: house.log_events("agent.dropin.blocked"), what="the rule is logged")
+    (blocked,) = house.logged("agent.dropin.blocked")
     assert "subprocess" in blocked["message"]
     capsys.readouterr()
     assert main(["validate", str(house.agents / "Nameless"), "--json"]) == 1
@@ -92,7 +91,7 @@ def stream_stops(house: Gateway) -> None:
     assert status == 200 or json.loads(body)["error"]["code"] == "agent_error"
     assert "agent_error" in body
     assert "[DONE]" not in body
-    wait_for(lambda: house.log_events("sdk_agent.stream.failure"), what="the failure is logged")
+    house.logged("sdk_agent.stream.failure")
     documented("sdk_agent.stream.failure")
 
 

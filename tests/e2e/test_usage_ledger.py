@@ -35,6 +35,7 @@ COST = (60 + 40 * 5 + 10 * 2) / 1e6
 @pytest.fixture(params=BACKENDS)
 def home(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, dict[str, str], ScriptedUpstream]]:
     with ScriptedUpstream() as upstream, database(request.param, tmp_path) as url:
+        (tmp_path / "routing.yaml").write_text("health_interval_s: 3600\n", encoding="utf-8")
         (tmp_path / "upstreams.yaml").write_text(UPSTREAMS.format(url=upstream.base_url), encoding="utf-8")
         (tmp_path / "prices.yaml").write_text(PRICES, encoding="utf-8")
         (tmp_path / "security.yaml").write_text(SECURITY.replace("HIDE", "false"), encoding="utf-8")
@@ -133,7 +134,7 @@ def test_what_was_written_survives_a_kill(home: tuple[Path, dict[str, str], Scri
         written = 'agent_gateway_usage_rows_total{outcome="written"} 1'
         wait_for(lambda: written in gateway.get("/metrics/prometheus").body.decode(), what="the row is written")
         os.kill(gateway.process.pid, signal.SIGKILL)
-        gateway.process.wait(10)
+        gateway.process.wait(60)
     with running_gateway(folder, env=env, key=ADMIN) as gateway:
         assert usage(gateway)[0]["requests"] == 1
 
@@ -152,6 +153,7 @@ def test_a_store_that_is_down_costs_no_call_and_is_said_where_it_is_needed(tmp_p
             assert answer.headers["retry-after"] == "1"
             ready = gateway.get("/readyz")
             assert (ready.status, ready.json()["components"]["store"]) == (200, "unavailable")
+            gateway.logged("store.open.failed")
             assert len(gateway.log_events("store.open.failed")) == 1
 
 

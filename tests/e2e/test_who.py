@@ -8,7 +8,6 @@ import pytest
 
 from tests.support.house import ADMIN, CHAT, NARROW
 from tests.support.server import Gateway
-from tests.support.waiting import wait_for
 
 
 def test_the_key_says_who_one_is(gateway: Gateway) -> None:
@@ -38,13 +37,8 @@ def test_a_refusal_has_its_ids_and_the_log_knows_whom_it_met(gateway: Gateway) -
     foreign = gateway.get("/agents", key=NARROW, headers={"x-request-id": "order-403"})
     assert (unknown.status, unknown.headers["x-request-id"]) == (401, "order-401")
     assert (foreign.status, foreign.headers["x-request-id"]) == (403, "order-403")
-
-    def lines() -> dict[str, dict[str, object]]:
-        return {str(line["request_id"]): line for line in gateway.log_events("http.request")}
-
-    wait_for(lambda: {"order-401", "order-403"} <= set(lines()), what="both are logged")
-    assert lines()["order-401"].get("key_id") is None and lines()["order-401"]["status"] == 401
-    assert lines()["order-403"]["key_id"] == "narrow" and lines()["order-403"]["endpoint"] == "/agents"
+    gateway.logged("http.request", request_id="order-401", key_id=None, status=401)
+    gateway.logged("http.request", request_id="order-403", key_id="narrow", endpoint="/agents")
 
 
 def test_a_correlation_id_is_the_callers_or_the_requests_own(gateway: Gateway) -> None:
@@ -54,7 +48,7 @@ def test_a_correlation_id_is_the_callers_or_the_requests_own(gateway: Gateway) -
     assert own.headers["x-correlation-id"] == "part-2"
     odd = gateway.get("/v1/models", headers={"x-correlation-id": "not well-formed", "x-request-id": "part-3"})
     assert odd.headers["x-correlation-id"] == "part-3"
-    wait_for(lambda: [x for x in gateway.log_events("http.request") if x.get("correlation_id") == "whole-1"])
+    gateway.logged("http.request", correlation_id="whole-1")
 
 
 @pytest.mark.parametrize("count", [200])
@@ -70,11 +64,10 @@ def test_requests_at_once_share_no_ids(gateway: Gateway, count: int) -> None:
     with ThreadPoolExecutor(40) as pool:
         list(pool.map(ask, range(count)))
 
-    def lines() -> list[dict[str, object]]:
-        return [line for line in gateway.log_lines() if str(line.get("request_id")).startswith("leak-r-")]
-
-    wait_for(lambda: len([x for x in lines() if x["event"] == "http.request"]) == count, what="all are logged")
-    for line in lines():
+    gateway.logged("http.request", count=count, where=lambda line: line["request_id"].startswith("leak-r-"))
+    for line in gateway.log_lines():
+        if not str(line["request_id"]).startswith("leak-r-"):
+            continue
         number = int(str(line["request_id"]).rpartition("-")[2])
         assert line["correlation_id"] == f"leak-c-{number}"
         is_agent = number % 4 == 0

@@ -58,11 +58,11 @@ def serving(gateway: Gateway, count: int) -> dict[int, int]:
     """Wait until as many workers serve; return their process ids by slot."""
 
     def look() -> dict[int, int] | None:
-        slots = {line["slot"]: line["pid"] for line in gateway.log_events("worker.serving")}
+        slots = {line["slot"]: line["pid"] for line in gateway.logged("worker.serving", count=count)}
         alive = {slot: pid for slot, pid in slots.items() if Path(f"/proc/{pid}").exists()}
         return alive if len(alive) == count else None
 
-    found = wait_for(look, timeout_s=40, what=f"{count} workers serve")
+    found = wait_for(look, what=f"{count} workers serve")
     assert found is not None
     return found
 
@@ -86,12 +86,10 @@ def test_any_worker_shows_all_and_a_killed_one_takes_nothing_along(home: Path) -
         os.kill(pids[1], signal.SIGKILL)
         for _ in range(12):
             assert gateway.post("/v1/chat/completions", CALL).status == 200, "the others serve on"
-        replaced = wait_for(
-            lambda: (now := serving(gateway, 3)) and now[1] != pids[1] and now, timeout_s=30, what="slot 1 is filled"
-        )
+        replaced = wait_for(lambda: (now := serving(gateway, 3)) and now[1] != pids[1] and now, what="slot 1 is filled")
         assert (replaced[0], replaced[2]) == (pids[0], pids[2])
         assert counted(gateway) == 24
-        died = gateway.log_events("worker.died")
+        died = gateway.logged("worker.died")
         assert [(line["slot"], line["pid"]) for line in died] == [(1, pids[1])]
 
 
@@ -106,7 +104,7 @@ def test_under_load_a_killed_worker_costs_only_its_own_requests(home: Path) -> N
             while not over.is_set():
                 began = time.monotonic()
                 try:
-                    status = gateway.post("/v1/chat/completions", CALL, timeout_s=10).status
+                    status = gateway.post("/v1/chat/completions", CALL).status
                 except (OSError, http.client.HTTPException):
                     status = 0
                 calls.append((began, time.monotonic(), status))
@@ -117,15 +115,15 @@ def test_under_load_a_killed_worker_costs_only_its_own_requests(home: Path) -> N
         try:
             for slot in (0, 1):
                 seen = len(calls)
-                wait_for(lambda: len(calls) > seen + 40, timeout_s=30, what="calls succeed")  # noqa: B023
+                wait_for(lambda: len(calls) > seen + 40, what="calls succeed")  # noqa: B023
                 kills.append(time.monotonic())
                 os.kill(pids[slot], signal.SIGKILL)
             seen = len(calls)
-            wait_for(lambda: len(calls) > seen + 40, timeout_s=30, what="calls go on")
+            wait_for(lambda: len(calls) > seen + 40, what="calls go on")
         finally:
             over.set()
             for thread in threads:
-                thread.join(20)
+                thread.join(60)
         assert {status for _, _, status in calls} <= {200, 0}
         failed = [(began, ended) for began, ended, status in calls if status == 0]
         assert len(failed) <= 4 * len(kills), "at most what the dead workers had in hand"
@@ -237,7 +235,7 @@ def test_an_override_holds_in_every_worker_and_in_one_that_comes_later(home: Pat
         assert made.status == 200, made.body
         assert statuses() == {200}
         os.kill(pids[0], signal.SIGKILL)
-        wait_for(lambda: serving(gateway, 2)[0] != pids[0], timeout_s=30, what="slot 0 is filled")
+        wait_for(lambda: serving(gateway, 2)[0] != pids[0], what="slot 0 is filled")
         wait_for(lambda: statuses() == {200}, what="the new worker knows the override")
 
 
@@ -285,8 +283,8 @@ def test_sigterm_with_ten_live_streams(home: Path, upstream: ScriptedUpstream, w
         assert {ends[number] for number in range(5)} == {"data: [DONE]"}
         for number in range(5, 10):
             assert json.loads(ends[number].removeprefix("data: "))["error"]["code"] == "shutting_down"
-        assert gateway.process.wait(15) == 0
-        assert time.monotonic() - began < 10
+        assert gateway.process.wait(60) == 0
+        assert time.monotonic() - began < 30, "long before the streams would have ended"
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -301,7 +299,7 @@ def test_a_second_signal_ends_it_at_once(home: Path, workers: int) -> None:
             with pytest.raises(subprocess.TimeoutExpired):
                 gateway.process.wait(0.5)
             gateway.process.send_signal(signal.SIGTERM)
-            gateway.process.wait(5)
+            gateway.process.wait(30)
         wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), what="the workers are gone")
 
 
@@ -310,14 +308,14 @@ def test_a_signal_while_the_sdk_is_imported_ends_it_at_once(home: Path, workers:
     write_agent(home / "agents", "Late", "Help.")
     env = ENV | {"GATEWAY_LOG_LEVEL": "debug"}
     with running_gateway(home, env=env, key=KEY, command=serve(workers), ready=None) as gateway:
-        wait_for(lambda: gateway.log_events("agent.preflight.started"), timeout_s=30, what="the import has begun")
+        gateway.logged("agent.preflight.started")
         family = descendants(gateway.process.pid)
         assert family
         began = time.monotonic()
         gateway.process.send_signal(signal.SIGTERM)
-        assert gateway.process.wait(15) == 0
-        assert time.monotonic() - began < 5
-        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in family), timeout_s=5, what="nobody is left")
+        assert gateway.process.wait(60) == 0
+        assert time.monotonic() - began < 30
+        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in family), what="nobody is left")
         assert not gateway.log_events("agent.sdk.imported")
         assert "Traceback" not in gateway.log_text()
 
@@ -393,4 +391,4 @@ def test_a_supervisor_that_is_killed_takes_its_workers_along(home: Path) -> None
     with running_gateway(home, env=ENV, key=KEY, command=serve(2)) as gateway:
         pids = serving(gateway, 2).values()
         gateway.process.kill()
-        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), timeout_s=10, what="nobody is left")
+        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), what="nobody is left")

@@ -24,7 +24,7 @@ def send_by_hand(
         f"authorization: Bearer {key}\r\ncontent-length: {len(data)}\r\n\r\n"
     )
     sock = socket.socket()
-    sock.settimeout(10)
+    sock.settimeout(60)
     if buffer is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
     sock.connect(("127.0.0.1", gateway.port))

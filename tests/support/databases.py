@@ -27,7 +27,7 @@ def database(backend: str, folder: Path) -> Iterator[str]:
         return
     schema = f"gateway_test_{secrets.token_hex(6)}"
     try:
-        connection = psycopg.connect(POSTGRES, autocommit=True, connect_timeout=3)
+        connection = psycopg.connect(POSTGRES, autocommit=True, connect_timeout=30)
     except psycopg.OperationalError as error:
         if os.environ.get("CI"):
             raise

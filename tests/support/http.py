@@ -73,7 +73,7 @@ class HttpClient:
         body: bytes | None = None,
         key: str | None = None,
         headers: Mapping[str, str] | None = None,
-        timeout_s: float = 30.0,
+        timeout_s: float = 60.0,
     ) -> Response:
         """Send one request and read the whole answer. ``key=""`` sends none."""
         with self.stream(
@@ -99,7 +99,7 @@ class HttpClient:
         body: bytes | None = None,
         key: str | None = None,
         headers: Mapping[str, str] | None = None,
-        timeout_s: float = 30.0,
+        timeout_s: float = 60.0,
     ) -> Iterator[Stream]:
         """Send one request and hand out the answer while it arrives; leaving the block closes the socket."""
         sent = {"connection": "close"}

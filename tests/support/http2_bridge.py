@@ -46,7 +46,7 @@ class Http2Bridge:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        assert self._ready.wait(10), "the bridge did not start"
+        assert self._ready.wait(60), "the bridge did not start"
         return self
 
     def __exit__(
@@ -54,7 +54,7 @@ class Http2Bridge:
     ) -> None:
         assert self._stop is not None
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
+        self._thread.join(60)
         self._loop.close()
 
     def _run(self) -> None:

@@ -53,7 +53,7 @@ class Bench:
         self.loader: SdkLoader
         self.upstreams: Any
 
-    def run(self, work: Coroutine[Any, Any, T], timeout_s: float = 30) -> T:
+    def run(self, work: Coroutine[Any, Any, T], timeout_s: float = 60.0) -> T:
         """Run a coroutine on the bench's loop and return its result."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout_s)
 

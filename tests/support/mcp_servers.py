@@ -41,7 +41,7 @@ def environment(pid: int) -> bytes:
     return Path(f"/proc/{pid}/environ").read_bytes()
 
 
-async def until(condition: Callable[[], Any], what: str, timeout_s: float = 10) -> None:
+async def until(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> None:
     """Wait until ``condition()`` is true, bounded."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -66,7 +66,7 @@ def http_server(port: int, transport: str = "streamable-http", **env: str) -> It
         [sys.executable, str(HTTP_SERVER), str(port), transport], env={**os.environ, **env}, stderr=subprocess.DEVNULL
     )
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while True:
             try:
                 socket.create_connection(("127.0.0.1", port), 1).close()

@@ -80,7 +80,7 @@ class ObedientUpstream:
         """Every call whose conversation contains ``marker``."""
         return [call for call in list(self.calls) if marker in json.dumps(call.body, ensure_ascii=False)]
 
-    def wait_for_call(self, marker: str, *, count: int = 1, timeout_s: float = 10.0) -> Call:
+    def wait_for_call(self, marker: str, *, count: int = 1, timeout_s: float = 60.0) -> Call:
         """The ``count``-th call whose conversation contains ``marker``, as soon as it is there."""
         return wait_for(
             lambda: (self.find(marker) + [None] * count)[count - 1],
@@ -91,13 +91,13 @@ class ObedientUpstream:
     def open(self) -> None:
         """Start serving."""
         self._thread.start()
-        assert self._ready.wait(10), "the upstream did not start"
+        assert self._ready.wait(60), "the upstream did not start"
 
     def close(self) -> None:
         """Stop serving; every connection is closed."""
         if self._stop is not None:
             self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
+        self._thread.join(60)
         self._loop.close()
 
     def _run(self) -> None:

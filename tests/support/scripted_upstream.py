@@ -5,10 +5,11 @@
         …                                     # talk to upstream.base_url
         upstream.wait_for_request(2).json["messages"]
 
-Queued answers are taken first, in order; then what `script` set for the model's name; then a model named
-``fault:NAME`` commits that fault; everything else gets the default: the first tool offered is called with arguments
-made from its schema (or with the JSON object that the last message holds), and a tool result or a plain message is
-answered with text. ``/__enqueue`` and ``/__requests`` do the same over HTTP. Every request is recorded.
+Queued answers are taken first, in order; then what `script` set for the model's name, or for the text of the last
+message; then a model or a last message ``fault:NAME`` commits that fault; everything else gets the default: the first
+tool offered is called with arguments made from its schema (or with the JSON object that the last message holds), and a
+tool result or a plain message is answered with text. ``/__enqueue`` and ``/__requests`` do the same over HTTP. Every
+request is recorded.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ __all__ = ["FAULTS", "Answer", "Call", "Gate", "Request", "ScriptedUpstream", "f
 
 @dataclass
 class Request:
-    """One request the upstream received. ``closed`` is set when its connection is gone, at ``closed_at``."""
+    """One request the upstream received. ``closed`` is set when its connection is gone, at ``closed_at``.
+
+    ``rested_s`` is how long its connection had been idle, 0 for a new one; ``cut`` says that we ended it ourselves.
+    """
 
     number: int
     method: str
@@ -43,6 +47,8 @@ class Request:
     body: bytes
     connection: int
     received_at: float
+    rested_s: float = 0.0
+    cut: bool = False
     sent_bytes: int = 0
     finished: threading.Event = field(default_factory=threading.Event)
     closed: threading.Event = field(default_factory=threading.Event)
@@ -65,7 +71,7 @@ class ScriptedUpstream:
         self.connections = 0
         self._tls = tls
         self._queue: list[Answer] = []
-        self._models: dict[str, Answer] = {}
+        self._scripts: dict[str, Answer] = {}
         self._changed = threading.Condition()
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
@@ -90,23 +96,23 @@ class ScriptedUpstream:
         with self._changed:
             self._queue.clear()
 
-    def script(self, model: str, answer: Answer) -> None:
-        """Answer every request for ``model`` with this."""
+    def script(self, name: str, answer: Answer) -> None:
+        """Answer every request for the model ``name``, or whose last message says ``name``, with this."""
         with self._changed:
-            self._models[model] = answer
+            self._scripts[name] = answer
 
     def gate(self) -> Gate:
         """Make a gate for an answer."""
         return Gate(self._loop)
 
-    def wait_for_request(self, count: int = 1, timeout_s: float = 5.0) -> Request:
+    def wait_for_request(self, count: int = 1, timeout_s: float = 60.0) -> Request:
         """Return the ``count``-th request as soon as it is there."""
         with self._changed:
             there = self._changed.wait_for(lambda: len(self.requests) >= count, timeout_s)
             assert there, f"request {count} did not come within {timeout_s:g} s"
             return self.requests[count - 1]
 
-    def wait_closed(self, count: int = 1, timeout_s: float = 5.0) -> float:
+    def wait_closed(self, count: int = 1, timeout_s: float = 60.0) -> float:
         """Return when the connection of the ``count``-th request is gone: the moment, on the monotonic clock."""
         request = self.wait_for_request(count, timeout_s)
         assert request.closed.wait(timeout_s), f"request {count} is still connected after {timeout_s:g} s"
@@ -122,11 +128,11 @@ class ScriptedUpstream:
             done.set()
 
         self._loop.call_soon_threadsafe(close)
-        assert done.wait(5)
+        assert done.wait(60)
 
     def __enter__(self) -> Self:
         self._thread.start()
-        assert self._ready.wait(10), "the upstream did not start"
+        assert self._ready.wait(60), "the upstream did not start"
         return self
 
     def __exit__(
@@ -134,7 +140,7 @@ class ScriptedUpstream:
     ) -> None:
         assert self._stop is not None
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
+        self._thread.join(60)
         self._loop.close()
 
     def _run(self) -> None:
@@ -167,8 +173,11 @@ class ScriptedUpstream:
         mine: list[Request] = []
         self._writers.add(writer)
         try:
+            rests_since: float | None = None
             while True:
                 request = await self._receive(reader, number)
+                if rests_since is not None:
+                    request.rested_s = request.received_at - rests_since
                 mine.append(request)
                 answering = asyncio.ensure_future(self._answer(request, writer))
                 leaving = asyncio.ensure_future(wire.gone.wait())
@@ -178,6 +187,7 @@ class ScriptedUpstream:
                 results = await asyncio.gather(answering, leaving, return_exceptions=True)
                 if results[0] is not True:
                     break
+                rests_since = time.monotonic()
         except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
@@ -213,10 +223,10 @@ class ScriptedUpstream:
                 await writer.drain()
             elif step == "hang":
                 await asyncio.Event().wait()
-            elif step == "reset":
-                _reset(writer)
-                return False
             else:
+                request.cut = True
+                if step == "reset":
+                    _reset(writer)
                 return False
         request.finished.set()
         return True
@@ -242,12 +252,21 @@ class ScriptedUpstream:
         return self._next(request, None)
 
     def _next(self, request: Request, default: Answer | None) -> Steps:
-        model = str(request.json.get("model", ""))
+        names = str(request.json.get("model", "")), _last_text(request.json)
         with self._changed:
-            answer = self._queue.pop(0) if self._queue else self._models.get(model)
+            answer = self._queue.pop(0) if self._queue else None
+            answer = answer or self._scripts.get(names[0]) or self._scripts.get(names[1])
         if answer is None:
-            answer = fault(model.removeprefix("fault:")) if model.startswith("fault:") else default
+            faults = [name.removeprefix("fault:") for name in names if name.startswith("fault:")]
+            answer = fault(faults[0]) if faults else default
         return steps_of(answer or obvious(request.json), request.path, request.json)
+
+
+def _last_text(body: dict[str, Any]) -> str:
+    messages = body.get("messages")
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    content = last.get("content") if isinstance(last, dict) else None
+    return content if isinstance(content, str) else ""
 
 
 class _Wire(asyncio.StreamReaderProtocol):

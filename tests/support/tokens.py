@@ -112,5 +112,5 @@ def key_server(folder: Path) -> Iterator[KeyServer]:
         yield serving
     finally:
         server.shutdown()
-        thread.join(5)
+        thread.join(60)
         server.server_close()

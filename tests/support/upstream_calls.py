@@ -34,7 +34,7 @@ async def connected(
         name="up",
         base_url=base_url,
         api_key=UPSTREAM_KEY,
-        timeouts=timeouts or Timeouts(first_byte_s=5, idle_s=5),
+        timeouts=timeouts or Timeouts(first_byte_s=60, idle_s=60),
         **options,
     )
     upstream = HttpUpstream(config, metrics)
@@ -64,7 +64,7 @@ def each_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
         runner.run(test())
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     """Wait for a state of the event loop that announces itself to nobody."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 — there is no event to wait for

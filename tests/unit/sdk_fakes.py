@@ -271,7 +271,7 @@ def run_async(main: Coroutine[Any, Any, T]) -> T:
     """Run a test's coroutine; a hang is a failure, not a wait."""
 
     async def bounded() -> T:
-        return await asyncio.wait_for(main, 30)
+        return await asyncio.wait_for(main, 120)
 
     return asyncio.run(bounded())
 

@@ -284,13 +284,13 @@ def test_closing_the_events_closes_the_upstream_stream(streamed: bool) -> None:
             events = world.prepare(Agent(name="a")).execute(make_run(streamed=streamed))
             if streamed:
                 assert await anext(events) == TextDelta("one ")
-                await asyncio.wait_for(events.aclose(), 1)
+                await asyncio.wait_for(events.aclose(), 30)
             else:
                 task = asyncio.ensure_future(anext(events))
                 await world.upstream.started.wait()
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
-                    await asyncio.wait_for(task, 1)
+                    await asyncio.wait_for(task, 30)
             assert world.upstream.closed.is_set()
 
     run_async(main())
@@ -318,7 +318,7 @@ def test_a_run_is_cancelled_while_a_tool_runs(streamed: bool, kind: str) -> None
         @function_tool
         def blocking() -> str:
             loop.call_soon_threadsafe(running.set)
-            release.wait(10)
+            release.wait(60)
             return "late"
 
         tool = slow if kind == "async" else blocking

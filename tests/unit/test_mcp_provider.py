@@ -67,7 +67,7 @@ async def running(port: int, *how: str, **env: str) -> AsyncIterator[Any]:
 
 
 async def tools(made: McpProvider) -> dict[str, ToolSpec]:
-    await until(made.list_tools, "the tools are listed", timeout_s=20)
+    await until(made.list_tools, "the tools are listed")
     return {spec.name: spec for spec in made.list_tools()}
 
 
@@ -370,17 +370,17 @@ async def test_an_http_server_is_killed_and_restarted_between_and_during_calls(t
             if transport != "sse":
                 assert seconds < 0.5, f"20 calls of 0.2 s took {seconds:.2f} s"
         async with running(port, transport) as server:
-            await until(lambda: made.health().status == "ok", "connected again", timeout_s=20)
-            second = await invoke(made, "raw__find_book", {"title": "Dune"}, timeout_s=20)
+            await until(lambda: made.health().status == "ok", "connected again")
+            second = await invoke(made, "raw__find_book", {"title": "Dune"})
             assert first.text != second.text
-            waiting = asyncio.create_task(invoke(made, "raw__wait", {"seconds": 30}, timeout_s=20))
+            waiting = asyncio.create_task(invoke(made, "raw__wait", {"seconds": 30}))
             await asyncio.sleep(0.3)
             server.kill()
             with pytest.raises(ToolFailed):
                 await waiting
         async with running(port, transport):
-            await until(lambda: made.health().status == "ok", "connected again", timeout_s=20)
-            assert "Dune" in (await invoke(made, "raw__find_book", {"title": "Dune"}, timeout_s=20)).text
+            await until(lambda: made.health().status == "ok", "connected again")
+            assert "Dune" in (await invoke(made, "raw__find_book", {"title": "Dune"})).text
 
 
 async def test_a_tool_of_a_remote_server_that_changes_is_quarantined() -> None:

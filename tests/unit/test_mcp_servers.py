@@ -25,6 +25,7 @@ from gateway.errors import ToolUnavailable, UpstreamError
 from gateway.registry.entry import AgentOptions
 from sdk_adapter.executor import AgentExecutor, prepare_agent
 from tests.support.mcp_servers import quickest, raw_command
+from tests.support.server import free_port
 from tests.unit.sdk_fakes import Reply, World, run_async
 
 _SERVER = """
@@ -67,7 +68,7 @@ def pids(script: Path) -> list[int]:
 
 
 def wait_until_gone(pid: int) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
             os.kill(pid, 0)
@@ -82,7 +83,7 @@ def http_server(script: Path, port: int) -> Iterator[None]:
     command = [sys.executable, str(script), str(script.with_suffix(".pids")), str(port)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while True:
             try:
                 socket.create_connection(("127.0.0.1", port), 1).close()
@@ -94,12 +95,6 @@ def http_server(script: Path, port: int) -> Iterator[None]:
     finally:
         process.kill()
         process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def noon() -> list[Reply]:

@@ -24,7 +24,8 @@ from gateway.tools.config import McpTools
 from gateway.tools.mcp.pins import MemoryPins
 from gateway.tools.mcp.provider import McpProvider
 from gateway.tools.port import ToolContext, ToolResult
-from tests.support.mcp_servers import free_port, until
+from tests.support.mcp_servers import until
+from tests.support.server import free_port
 
 PROGRAM = os.environ.get("GATEWAY_TEST_MCP_EVERYTHING") or shutil.which("mcp-server-everything")
 
@@ -45,7 +46,7 @@ async def provider(**entry: Any) -> AsyncIterator[McpProvider]:
     made = McpProvider(config, max_result_bytes=256 * 1024, pins=MemoryPins(), on_change=lambda: None)
     await made.open()
     try:
-        await until(made.list_tools, "the tools are listed", timeout_s=30)
+        await until(made.list_tools, "the tools are listed")
         yield made
     finally:
         await made.aclose()
@@ -62,7 +63,7 @@ async def running(port: int, transport: str) -> AsyncIterator[subprocess.Popen[b
         stderr=subprocess.DEVNULL,
     )
     try:
-        await until(lambda: listens(port), "the server listens", timeout_s=30)
+        await until(lambda: listens(port), "the server listens")
         yield process
     finally:
         process.kill()
@@ -129,7 +130,7 @@ async def test_over_http_killed_and_restarted(kind: str, path: str, transport: s
         server.kill()
         server.wait()
         async with running(port, kind):
-            await until(lambda: made.health().status == "ok", "connected again", timeout_s=20)
+            await until(lambda: made.health().status == "ok", "connected again")
             await use(made)
 
 

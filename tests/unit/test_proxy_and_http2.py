@@ -34,6 +34,7 @@ from tests.support.upstream_calls import (
     each_loop,
     text_of,
 )
+from tests.support.waiting import in_time
 
 MB = 1024 * 1024
 USER = "someone:pr%40xy-canary"
@@ -132,7 +133,7 @@ def test_plain_and_streamed_answers_on_a_kept_connection(way: Ways, kind: str) -
 def test_fault_is_the_same_error_as_straight(way: Ways, kind: str, name: str, streamed: bool) -> None:
     there = way(kind)  # behind a tunnel stands the same client of the same bytes
     slow = name in ("drip", "comments_only") or name.startswith("hang")
-    timeouts = BRIEF if slow else Timeouts(total_s=10, idle_s=10)
+    timeouts = BRIEF if slow else Timeouts(total_s=60, idle_s=60)
 
     async def main() -> tuple[errors.GatewayError, float]:
         async with connected(there.base_url, timeouts=timeouts, **there.options) as upstream:
@@ -148,7 +149,7 @@ def test_fault_is_the_same_error_as_straight(way: Ways, kind: str, name: str, st
 
     error, took = asyncio.run(main())
     assert type(error) is EXPECTED[name][streamed], error
-    assert took < 5
+    assert took < 30, "cut by its size, long before its deadline"
     assert "127.0.0.1" not in str(error) and "canary" not in str(error)
     if name in ("huge_event", "endless_line", "endless_comment"):
         there.scripted.wait_closed(1)
@@ -163,6 +164,7 @@ def test_a_call_that_is_cancelled_ends_at_the_upstream_within_a_second(way: Ways
     async def main() -> float:
         async with connected(there.base_url, **there.options) as upstream:
             there.scripted.enqueue(fault("hang_part_way" if streamed else "hang_before_headers"))
+            there.scripted.requests.clear()
             calling = asyncio.create_task(ask(upstream, streamed))
             await asyncio.to_thread(there.scripted.wait_for_request, 1)
             await asyncio.sleep(0.05)
@@ -174,7 +176,7 @@ def test_a_call_that_is_cancelled_ends_at_the_upstream_within_a_second(way: Ways
             assert upstream._transport.active_exchanges == 0
             return closed - left
 
-    assert asyncio.run(main()) < 1
+    in_time(lambda: asyncio.run(main()), 1)
 
 
 # Proxies

@@ -104,7 +104,7 @@ def test_four_processes_open_an_empty_database_at_once_and_all_write(url: str) -
         assert worker.stdin is not None
         worker.stdin.write("go\n")
         worker.stdin.flush()
-    errors = [worker.communicate(timeout=60)[1] for worker in workers]
+    errors = [worker.communicate(timeout=300)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * 4, errors
 
     async def count() -> int:
@@ -221,7 +221,7 @@ def test_a_cancelled_writer_leaves_no_transaction_open_and_no_connection_in_use(
                         await asyncio.Event().wait()
 
                 task = asyncio.create_task(writer(number, inside))
-                await asyncio.wait_for(inside.wait(), 10)
+                await asyncio.wait_for(inside.wait(), 60)
                 task.cancel()
                 await asyncio.wait((task,), timeout=10)
                 assert task.cancelled()
@@ -246,12 +246,12 @@ def test_a_cancelled_statement_is_stopped_and_its_caller_does_not_wait_for_it(ur
                 with pytest.raises(TimeoutError):
                     async with asyncio.timeout(0.05), store.reading() as connection:
                         await connection.exec_driver_sql(endless)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(40):
                 assert await texts(store) == ["before"]
 
     started = time.monotonic()
     asyncio.run(work())
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 50, "before the statements would have ended by themselves"
 
 
 def test_a_server_that_hears_nothing_any_more_is_hung_up_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -269,13 +269,13 @@ def test_a_server_that_hears_nothing_any_more_is_hung_up_on(monkeypatch: pytest.
                 with pytest.raises(TimeoutError):
                     async with asyncio.timeout(0.05), store.reading() as connection:
                         await connection.exec_driver_sql("SELECT pg_sleep(60)")
-                async with asyncio.timeout(10), contextlib.AsyncExitStack() as held:
+                async with asyncio.timeout(40), contextlib.AsyncExitStack() as held:
                     for _ in range(5):  # all there are: none is kept by the statement nobody waits for
                         await held.enter_async_context(store.transaction())
 
         started = time.monotonic()
         asyncio.run(work())
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 50, "before the statement would have ended by itself"
 
 
 def test_whoever_gets_no_connection_is_told_so_in_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,7 +319,7 @@ def test_a_store_in_use_imports_no_object_mapper_and_no_bridge_to_another_loop(u
     )
     done = subprocess.run(
         [sys.executable, "-c", script, url], env={"PYTHONPATH": "src"}, capture_output=True, text=True,
-        cwd=Path(__file__).parents[2], check=True, timeout=60,
+        cwd=Path(__file__).parents[2], check=True, timeout=300,
     )  # fmt: skip
     assert json.loads(done.stdout) == [True]
 
@@ -348,7 +348,7 @@ def test_nothing_is_opened_or_imported_before_somebody_needs_the_store(tmp_path:
     )
     done = subprocess.run(
         [sys.executable, "-c", script, sqlite(tmp_path)], env={"PYTHONPATH": "src"}, capture_output=True, text=True,
-        cwd=Path(__file__).parents[2], check=True, timeout=60,
+        cwd=Path(__file__).parents[2], check=True, timeout=300,
     )  # fmt: skip
     assert json.loads(done.stdout) == []
     assert not (tmp_path / "gateway.db").exists()

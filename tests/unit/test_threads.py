@@ -34,7 +34,7 @@ def test_no_more_threads_than_the_limit_and_queued_calls_still_run() -> None:
 
     def work() -> None:
         names.add(threading.current_thread().name)
-        gate.wait(5)
+        gate.wait(60)
 
     futures = [pool.submit(work) for _ in range(9)]
     gate.set()
@@ -70,9 +70,7 @@ def test_closing_does_not_wait_for_ever_and_neither_does_the_interpreter() -> No
         "    await asyncio.sleep(0)\n"
         "asyncio.run(main())\n"
     )
-    started = time.monotonic()
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=30, cwd=SOURCES)
-    assert time.monotonic() - started < 20
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=SOURCES)
 
 
 def test_queued_calls_are_cancelled_when_asked() -> None:
@@ -82,5 +80,5 @@ def test_queued_calls_are_cancelled_when_asked() -> None:
         time.sleep(0.001)
     pool.shutdown(wait=False, cancel_futures=True)
     gate.set()
-    assert first.result(5) is True
+    assert first.result(60) is True
     assert second.cancelled()

@@ -110,7 +110,7 @@ def test_every_fault_has_an_expectation() -> None:
 def test_fault_is_an_error_in_time_and_in_little_memory(scripted: ScriptedUpstream, name: str, streamed: bool) -> None:
     # Endless answers are cut by size here, long before the deadline that cuts slow ones.
     slow = name in ("drip", "comments_only") or name.startswith("hang")
-    timeouts = QUICK if slow else Timeouts(total_s=10, idle_s=10)
+    timeouts = QUICK if slow else Timeouts(total_s=60, idle_s=60)
 
     async def main() -> tuple[BaseException, float]:
         async with connected(scripted.base_url, timeouts=timeouts) as upstream:
@@ -129,7 +129,7 @@ def test_fault_is_an_error_in_time_and_in_little_memory(scripted: ScriptedUpstre
     if name == "gzip_bomb":
         assert "compressed" in str(error)
     assert type(error) is EXPECTED[name][streamed], error
-    assert took < 5
+    assert took < 30, "cut by its size, long before its deadline"
     assert UPSTREAM_KEY not in str(error)
     assert "127.0.0.1" not in str(error)
     assert "'up'" in str(error) or name.startswith("error_object")
