@@ -129,7 +129,7 @@ def test_host_and_override_headers_do_not_change_the_route(gateway: Gateway) -> 
 
 
 def test_absolute_form_of_the_request_target(gateway: Gateway) -> None:
-    connection = HTTPConnection("127.0.0.1", gateway.port, timeout=10)
+    connection = HTTPConnection("127.0.0.1", gateway.port, timeout=60)
     try:
         connection.putrequest("GET", f"http://127.0.0.1:{gateway.port}/agents", skip_host=True)
         connection.putheader("host", f"127.0.0.1:{gateway.port}")
@@ -196,7 +196,7 @@ def door(
 def status_of(gateway: Gateway, *lines: str, start: str = "GET /agents HTTP/1.1", body: bytes = b"") -> int:
     """Send a head byte for byte and return the status of the answer."""
     text = "\r\n".join([start, "Host: localhost", "Connection: close", *lines, "", ""]).encode("latin-1")
-    with socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=60) as connection:
         connection.sendall(text + body)
         return int(connection.makefile("rb").readline().split()[1])
 

@@ -8,7 +8,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -52,13 +51,17 @@ def test_help_answers_at_once_and_imports_neither_sdk_nor_web_framework() -> Non
         "heavy = {'agents', 'fastapi', 'starlette', 'uvicorn', 'openai', 'pydantic', 'api', 'sdk_adapter'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
-    started = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-c", program], env={"PYTHONPATH": "src"}, cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program],
+        env={"PYTHONPATH": "src"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
     )
     assert done.stdout.splitlines()[-1] == "[]"
     assert "dev" in done.stdout
-    assert time.perf_counter() - started < 5  # a hang, not a benchmark
 
 
 @pytest.mark.parametrize(
