@@ -151,7 +151,7 @@ def test_an_idle_connection_is_closed_and_one_in_use_is_not() -> None:
         await settle()
         connection.timeout_keep_alive_handler()  # too early: it looks again
         assert not socket.closed
-        await asyncio.wait_for(socket.has_closed.wait(), 5)
+        await asyncio.wait_for(socket.has_closed.wait(), 60)
 
         connection, socket = connect(echo, timeout_keep_alive=0.05)
         connection.data_received(b"GET / HTTP/1.1\r\n\r\n")
