@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from api.connection import EXTENSION, ClientExchange
-from api.routing import Scope, Send
+from api.routing import Response, Scope, Send
+
+_TYPE = b"content-type"
 
 
 class Client:
@@ -29,6 +31,18 @@ class Client:
             self.status = message["status"]
             message["headers"] = [*message.get("headers", ()), *self.headers]
         await self._send(message)
+
+    async def respond(self, response: Response, *, last: bool = False) -> None:
+        """Send a whole answer; ``last``: the connection ends with it."""
+        self.status = response.status
+        fields = (_TYPE, response.content_type), *response.headers, *self.headers
+        if self.exchange is not None and self.exchange.answer(response.status, fields, response.body, last=last):
+            return
+        fields += ((b"content-length", b"%d" % len(response.body)),)
+        if last:
+            fields += ((b"connection", b"close"),)
+        await self._send({"type": "http.response.start", "status": response.status, "headers": fields})
+        await self._send({"type": "http.response.body", "body": response.body})
 
     def begin(self, exchange: ClientExchange, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Begin a stream at once, without waiting; the exchange writes what follows."""

@@ -37,48 +37,21 @@ class ClientExchange:
     was `paused` reads again.
     """
 
-    __slots__ = (
-        "_body",
-        "_chunked",
-        "_connection",
-        "_head",
-        "_left",
-        "_more_body",
-        "_partly_read",
-        "_unread",
-        "_waiter",
-        "app",
-        "disconnected",
-        "expects_continue",
-        "keep_alive",
-        "on_gone",
-        "on_resume",
-        "response_complete",
-        "response_started",
-        "scope",
-        "task",
-    )
+    # What an exchange begins with stands in the class: a call makes one, and changes few of them.
+    keep_alive = True
+    expects_continue = disconnected = response_started = response_complete = False
+    task: asyncio.Task[None] | None = None
+    on_gone: Callable[[], None] | None = None
+    on_resume: Callable[[], None] | None = None
+    _body: bytes | bytearray = b""
+    _more_body = True
+    _unread = _chunked = _partly_read = False
+    _waiter: asyncio.Future[None] | None = None
+    _head: bytes | None = None
+    _left: int | None = 0
 
     def __init__(self, connection: HttpConnection, scope: dict[str, Any], app: Any) -> None:
-        self.scope = scope
-        self.app = app
-        self.keep_alive = True
-        self.expects_continue = False
-        self.disconnected = False
-        self.response_started = False
-        self.response_complete = False
-        self.task: asyncio.Task[None] | None = None
-        self.on_gone: Callable[[], None] | None = None
-        self.on_resume: Callable[[], None] | None = None
-        self._connection = connection
-        self._body: bytes | bytearray = b""
-        self._more_body = True
-        self._unread = False
-        self._waiter: asyncio.Future[None] | None = None
-        self._head: bytes | None = None
-        self._chunked = False
-        self._left: int | None = 0
-        self._partly_read = False
+        self.scope, self.app, self._connection = scope, app, connection
 
     # What the product uses.
 
@@ -98,13 +71,48 @@ class ClientExchange:
             self._head = None
         self._connection.transport.write(data)
 
-    def take_body(self) -> bytes | None:
-        """Return the body if all of it has arrived and nothing was read of it yet; else None: `receive` it."""
-        if self._more_body or self.disconnected or self._partly_read:
+    def answer(self, status: int, fields: Sequence[tuple[bytes, bytes]], body: bytes, *, last: bool = False) -> bool:
+        """Send a whole answer in one write; ``last``: none comes after it on this connection.
+
+        ``fields`` say nothing about length or connection. Returns False, having done nothing, where `send` would wait.
+        """
+        connection = self._connection
+        if connection.flow.write_paused and not self.disconnected:
+            return False
+        if self.response_started:
+            raise RuntimeError("An answer was sent after another one had begun.")
+        if self.disconnected:
+            return True
+        block = _block(fields)
+        if last or not self.keep_alive:
+            self.keep_alive = False
+            block += b"connection: close\r\n"
+        if self.scope["method"] == "HEAD":
+            body, length = b"", len(body)
+        else:
+            length = len(body)
+        self.response_started = self.response_complete = True
+        self.expects_continue = False
+        connection.transport.write(
+            b"%b%b%bcontent-length: %d\r\n\r\n%b"
+            % (STATUS_LINE[status], connection.common_headers(), block, length, body)
+        )
+        if not self.keep_alive:
+            connection.transport.close()
+        connection.on_response_complete()
+        self.wake()
+        return True
+
+    def take_body(self, limit: int) -> bytes | None:
+        """Return the body if all of it has arrived, within ``limit``, and nothing was read of it yet.
+
+        Else None: `receive` it.
+        """
+        body = self._body
+        if self._more_body or self.disconnected or self._partly_read or len(body) > limit:
             return None
-        body, self._body, self._unread = bytes(self._body), b"", False
-        self._partly_read = True
-        return body
+        self._body, self._unread, self._partly_read = b"", False, True
+        return bytes(body)
 
     async def receive(self) -> dict[str, Any]:
         """Return what has arrived of the body, or that the client left or has its answer."""
@@ -158,7 +166,7 @@ class ClientExchange:
                 await self._give_up()
         finally:
             self.on_gone = self.on_resume = None
-            connection.tasks.discard(cast("asyncio.Task[None]", self.task))
+            connection.tasks.discard(self.task)
 
     def received(self, body: bytes) -> None:
         """Keep a piece of the body; stop reading while much of it waits for the application."""
@@ -192,10 +200,7 @@ class ClientExchange:
         """Begin the answer; its head is written with the first bytes of its body."""
         self.response_started = True
         self.expects_continue = False
-        block = (_FIELD * len(fields)) % tuple(chain.from_iterable(fields))
-        # A line break or another control character in a value would let it speak for the gateway.
-        if block.translate(None, _IN_HEADERS) != b"\r\n" * len(fields):
-            raise RuntimeError("A header of the answer has characters that a header cannot carry.")
+        block = _block(fields)
         # Every line ends in its own break, and no value holds one: what follows a break is a name.
         lines = b"\r\n" + block.lower()
         at = lines.find(b"\r\ncontent-length: ")
@@ -258,6 +263,14 @@ class ClientExchange:
         await self.send({"type": "http.response.body", "body": b"Internal Server Error"})
 
 
+def _block(fields: Sequence[tuple[bytes, bytes]]) -> bytes:
+    block = (_FIELD * len(fields)) % tuple(chain.from_iterable(fields))
+    # A line break or another control character in a value would let it speak for the gateway.
+    if block.translate(None, _IN_HEADERS) != b"\r\n" * len(fields):
+        raise RuntimeError("A header of the answer has characters that a header cannot carry.")
+    return block
+
+
 class HttpConnection(HttpToolsProtocol):
     """What ``uvicorn --http api.connection:HttpConnection`` serves with; `gateway dev` does."""
 
@@ -265,6 +278,8 @@ class HttpConnection(HttpToolsProtocol):
     _served: ClientExchange | None = None
     _common: tuple[Any, bytes] = (None, b"")
     _idle_since: float | None = None
+    _target: tuple[bytes, str, bytes, bytes] = (b"", "", b"", b"")
+    """The last request's, parsed: on a kept connection one is like the other."""
 
     def common_headers(self) -> bytes:
         """Return the server's own headers, rendered anew when it has made them anew (each second, for the date)."""
@@ -313,35 +328,47 @@ class HttpConnection(HttpToolsProtocol):
 
     # httptools
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep a header."""
+        self.headers.append((name.lower(), value))
+
     def on_headers_complete(self) -> None:
         """Start serving the request; its body may still be on its way."""
-        parser, scope = self.parser, cast("dict[str, Any]", self.scope)
+        parser = self.parser
+        scope: dict[str, Any] = self.scope  # type: ignore[assignment]
         version = parser.get_http_version()
         scope["method"] = parser.get_method().decode("ascii")
         if version != "1.1":
             scope["http_version"] = version
         if parser.should_upgrade() and self._should_upgrade():
             return
-        raw_path, _, query = self.url.partition(b"?")
-        if not raw_path.startswith(b"/") or b"#" in self.url:
-            parsed = httptools.parse_url(self.url)
-            raw_path, query = parsed.path or b"", parsed.query or b""
-        path = raw_path.decode("ascii")
-        scope["path"] = self.root_path + (unquote(path) if "%" in path else path)
-        scope["raw_path"] = self.root_path.encode("ascii") + raw_path if self.root_path else raw_path
-        scope["query_string"] = query
+        if self.url != self._target[0]:
+            self._target = self.url, *self._parsed_target()
+        _, scope["path"], scope["raw_path"], scope["query_string"] = self._target
         self.headers = _TRAILERS
-        app = service_unavailable if self._is_full() else self.app
+        app = self.app if self.limit_concurrency is None or not self._is_full() else service_unavailable
         before = self.cycle
         self.cycle = exchange = ClientExchange(self, scope, app)
         scope["extensions"] = {EXTENSION: exchange}
-        exchange.expects_continue = self.expect_100_continue
-        exchange.keep_alive = version != "1.0" and parser.should_keep_alive()
+        if dict(scope["headers"]).get(b"expect", b"").lower() == b"100-continue":
+            exchange.expects_continue = True
+        if version == "1.0" or not parser.should_keep_alive():
+            exchange.keep_alive = False
         if before is None or before.response_complete:
             self._begin(exchange)
         else:
             self.flow.pause_reading()
             self.pipeline.appendleft((exchange, app))  # type: ignore[arg-type]
+
+    def _parsed_target(self) -> tuple[str, bytes, bytes]:
+        """Return path, raw path and query of the request line."""
+        raw_path, _, query = self.url.partition(b"?")
+        if not raw_path.startswith(b"/") or b"#" in self.url:
+            parsed = httptools.parse_url(self.url)
+            raw_path, query = parsed.path or b"", parsed.query or b""
+        path = raw_path.decode("ascii")
+        path = self.root_path + (unquote(path) if "%" in path else path)
+        return path, self.root_path.encode("ascii") + raw_path if self.root_path else raw_path, query
 
     def on_body(self, body: bytes) -> None:
         """Pass a piece of the body on."""

@@ -69,11 +69,22 @@ def session_id(headers: Mapping[str, str]) -> str | None:
     return None
 
 
+def find_body(request: Request) -> bytes | None:
+    """Return the body if all of it is there already and nothing is wrong with it; else it is for `read_body`."""
+    exchange = request.client.exchange
+    if exchange is None or "content-encoding" in request.headers:
+        return None
+    return exchange.take_body(request.gateway.settings.body_limit_bytes)
+
+
 async def read_body(request: Request) -> bytes:
     """Read the body; refuse it while reading once it passes the limit or the time.
 
     Raises `BodyTooLarge`, `RequestTimedOut`, or `InvalidRequest` for a client that left in the middle.
     """
+    body = find_body(request)
+    if body is not None:
+        return body
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity":
         raise InvalidRequest(f"The request body is compressed (content-encoding: {encoding[:40]}). Send it as it is.")
@@ -81,12 +92,6 @@ async def read_body(request: Request) -> bytes:
     declared = request.headers.get("content-length")
     if declared is not None and declared.isdigit() and int(declared) > limit:
         raise _too_large(limit)
-    exchange = request.client.exchange
-    body = exchange.take_body() if exchange is not None else None
-    if body is not None:
-        if len(body) > limit:
-            raise _too_large(limit)
-        return body
     try:
         async with asyncio.timeout(request.gateway.settings.body_timeout_s):
             return await _read(request.receive, limit)

@@ -22,7 +22,7 @@ from api.edge import CLOSED
 from api.errors import error_response, public
 from api.mcp.metadata import challenge
 from api.route_table import TABLE
-from api.routing import Receive, Request, Response, RouteTable, Scope, Send
+from api.routing import Receive, Request, Route, RouteTable, Scope, Send
 from gateway.config import Settings
 from gateway.errors import ConfigError, GatewayError, ScopeRequired, ServiceUnavailable
 from gateway.ids import RandomIds
@@ -42,6 +42,9 @@ _ANSWERED = EventShape(
 _NOT_STARTED = ServiceUnavailable(
     "The gateway is not running: its server must start it (ASGI lifespan), and has not, or has stopped it again."
 )
+
+_LAST = frozenset({401, 408, 413})
+"""Refusals after which a connection is closed: of what is still to come of the request nothing is wanted."""
 
 
 class GatewayApp:
@@ -114,7 +117,7 @@ class GatewayApp:
         with bind_request_id(rid, cid) as line:
             gateway = self._gateway
             if gateway is None:
-                await _respond(client, error_response(_NOT_STARTED), closing=True)
+                await client.respond(error_response(_NOT_STARTED))
                 return
             request = Request(scope, receive, client, gateway, rid, headers, self._ids)
             try:
@@ -130,22 +133,19 @@ class GatewayApp:
                 if not isinstance(error, GatewayError):
                     log_event(_log, "http.request.crashed", level=logging.ERROR, exc_info=error)
                 if not client.status:
-                    await _respond(client, error_response(shown, challenge=challenge(request)), closing=True)
+                    response = error_response(shown, challenge=challenge(request))
+                    await client.respond(response, last=response.status in _LAST)
             finally:
                 _record(request, time.perf_counter() - started)
 
     async def _serve(self, request: Request, line: LogContext) -> None:
-        try:
-            self._enter(request)
-        finally:
-            line.endpoint = request.route.path if request.route is not None else None
-        assert request.route is not None, "it has passed the door"
-        if request.route.handler is None:
+        handler = self._enter(request, line).handler
+        if handler is None:
             await self._forward(request)
             return
-        response = await request.route.handler(request)
+        response = await handler(request)
         if response is not None:
-            await _respond(request.client, response)
+            await request.client.respond(response)
 
     async def _serve_traced(self, request: Request, line: LogContext, tracer: Tracer) -> None:
         """Serve inside a span; of health, metrics and the like, which are asked for all day, none is sent."""
@@ -177,7 +177,7 @@ class GatewayApp:
                 elif isinstance(error, Exception) and status < 500:
                     span.end()  # the caller's own mistake: the server did what it should
 
-    def _enter(self, request: Request) -> None:
+    def _enter(self, request: Request, line: LogContext) -> Route:
         """The door: route, key, scope. A path that nothing serves still needs a key, so that probing tells nothing."""
         scope, headers, keyring = request.scope, request.headers, request.gateway.holder.current.keyring
         try:
@@ -185,14 +185,16 @@ class GatewayApp:
         except GatewayError:
             request.gateway.throttle.authenticate(keyring, caller(scope, headers))
             raise
+        line.endpoint = route.path
         if route.scope == "public":
-            return
+            return route
         request.principal = principal = request.gateway.throttle.authenticate(keyring, caller(scope, headers))
         if route.scope not in principal.scopes and not principal.is_admin:
             raise ScopeRequired(
                 f"This needs a key with the scope '{route.scope}'; '{principal.key_id}' has "
                 f"{', '.join(sorted(principal.scopes)) or 'none'}. Scopes stand in security.yaml."
             )
+        return route
 
     async def _forward(self, request: Request) -> None:
         """Hand the request to FastAPI, which is built once, at its first use."""
@@ -226,18 +228,17 @@ async def _is_answered_at_the_edge(request: Request) -> bool:
 
 def _record(request: Request, seconds: float) -> None:
     """Leave the traces of one answer in metrics and log."""
-    scope, principal, status = request.scope, request.principal, request.client.status
-    template = request.route.path if request.route is not None else "(unknown)"
-    client = scope.get("client")
-    request.gateway.metrics.http_request(template, scope["method"], status, seconds)
-    waits = request.route is not None and request.route.scope == "chat"
-    request.gateway.endpoints.record(template, status, seconds * 1000, waits=waits)
+    scope, route, principal, status = request.scope, request.route, request.principal, request.client.status
+    gateway, client, method, milliseconds = request.gateway, scope.get("client"), scope["method"], seconds * 1000
+    template = route.path if route is not None else "(unknown)"
+    gateway.metrics.http_request(template, method, status, milliseconds)
+    gateway.endpoints.record(template, status, milliseconds, waits=route is not None and route.scope == "chat")
     _ANSWERED.log(
         [
-            scope["method"],
+            method,
             template,
             status,
-            round(seconds * 1000, 2),
+            round(milliseconds, 2),
             principal.key_id if principal is not None else None,
             client[0] if client else None,
             request.headers.get("user-agent"),
@@ -248,18 +249,6 @@ def _record(request: Request, seconds: float) -> None:
 def _build_cold(table: RouteTable) -> Any:
     # Deferred on purpose: FastAPI costs 0.3 s and 30 MB, and chat needs none of it.
     return importlib.import_module("api.admin").build_app(table)
-
-
-async def _respond(client: Client, response: Response, *, closing: bool = False) -> None:
-    headers = [
-        (b"content-type", response.content_type),
-        (b"content-length", b"%d" % len(response.body)),
-        *response.headers,
-    ]
-    if closing and response.status in (401, 408, 413):
-        headers.append((b"connection", b"close"))
-    await client.send({"type": "http.response.start", "status": response.status, "headers": headers})
-    await client.send({"type": "http.response.body", "body": response.body})
 
 
 def create_app(

@@ -27,7 +27,6 @@ from gateway.errors import GatewayError, InvalidRequest, Overloaded, RequestTime
 from gateway.observability.logs import log_event
 
 _LOG = logging.getLogger("api.protocol")
-_JUDGED = frozenset({b"host", b"transfer-encoding"})
 _FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 _HOST = re.compile(rb"[A-Za-z0-9._:\[\]-]{1,255}")
 _TARGET = re.compile(rb"[!-~]*")
@@ -85,7 +84,7 @@ class GatewayProtocol(HttpConnection):
         self._wrapping = 0
         self._is_extra = False
         self._is_repeated = False
-        self._known_host: bytes | None = None
+        self._known: tuple[bytes | None, bytes] | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
         self._stalled_at = 0
@@ -239,27 +238,25 @@ class GatewayProtocol(HttpConnection):
             return _too_large(f"has more than {limits.headers} headers")
         if self._is_large and self._weigh() > limits.head_bytes:
             return _too_large(f"is larger than {limits.head_bytes:,} bytes")
-        version = self.parser.get_http_version()
-        hosts = 0
-        for name, value in self.headers:
-            if name not in _JUDGED:
-                continue
-            if name == b"host":
-                hosts += 1
-                if value != self._known_host:
-                    if not _HOST.fullmatch(value):
-                        return _malformed("Its Host is not a host name.")
-                    self._known_host = value
-            elif version == "1.0" or value.strip().lower() != b"chunked":
-                return _malformed("Its Transfer-Encoding is not 'chunked', or it is not HTTP/1.1.")
-            else:
-                self._is_chunked, self._wrapping = True, 0
-        if hosts > 1 or (hosts == 0 and version != "1.0"):
+        named = dict(self.headers)
+        host = named.get(b"host")
+        hosts = 0 if host is None else 1 if len(named) == len(self.headers) else self._count(b"host")
+        if hosts > 1 or (hosts == 0 and self.parser.get_http_version() != "1.0"):
             return _malformed(f"It has {hosts or 'no'} Host headers; send exactly one.")
-        if not self.url.startswith(b"/") and self.url != b"*" and not self._names_its_host():
-            return _malformed("Its target is neither a path nor an address of its Host.")
-        if not _TARGET.fullmatch(self.url):
-            return _malformed("Its target has characters that a target cannot carry.")
+        if b"transfer-encoding" in named:
+            codings = {value.strip().lower() for name, value in self.headers if name == b"transfer-encoding"}
+            if codings != {b"chunked"} or self.parser.get_http_version() == "1.0":
+                return _malformed("Its Transfer-Encoding is not 'chunked', or it is not HTTP/1.1.")
+            self._is_chunked, self._wrapping = True, 0
+        where = host, self.url
+        if where != self._known:  # on a kept connection one request is like the other
+            if host is not None and not _HOST.fullmatch(host):
+                return _malformed("Its Host is not a host name.")
+            if not self.url.startswith(b"/") and self.url != b"*" and not self._names(host):
+                return _malformed("Its target is neither a path nor an address of its Host.")
+            if not _TARGET.fullmatch(self.url):
+                return _malformed("Its target has characters that a target cannot carry.")
+            self._known = where
         if self._is_extra and self.url.partition(b"?")[0] not in _ALWAYS_SERVED:
             return Overloaded(
                 f"This process serves {limits.connections:,} connections already; try again in a moment.",
@@ -272,10 +269,13 @@ class GatewayProtocol(HttpConnection):
         self._wrapping += size
         return self._wrapping > self._limits.head_bytes + _READ_BYTES
 
-    def _names_its_host(self) -> bool:
+    def _count(self, wanted: bytes) -> int:
+        return sum(name == wanted for name, _ in self.headers)
+
+    def _names(self, host: bytes | None) -> bool:
         scheme, separator, rest = self.url.partition(b"://")
         named = re.split(rb"[/?#]", rest, maxsplit=1)[0]
-        return bool(separator) and scheme.lower() in (b"http", b"https") and named == self._known_host
+        return bool(separator) and scheme.lower() in (b"http", b"https") and named == host
 
     def _weigh(self) -> int:
         return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)

@@ -36,7 +36,7 @@ WATCH_AFTER_S = 0.02
 
 
 class Connection:
-    """Watches one client while its answer is made; ``async with`` raises `ClientGone` once it has left.
+    """Watches one client while its answer is made; ``with`` raises `ClientGone` once it has left.
 
     Under our own protocol the ``exchange`` calls; elsewhere a task waits for ASGI's word.
     """
@@ -49,7 +49,7 @@ class Connection:
         self._timer: asyncio.TimerHandle | None = None
         self.gone = False
 
-    async def __aenter__(self) -> Connection:
+    def __enter__(self) -> Connection:
         self._task = asyncio.current_task()
         if self._exchange is not None:
             self._exchange.on_gone = self.leave
@@ -59,7 +59,7 @@ class Connection:
         self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._start)
         return self
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._task is not None

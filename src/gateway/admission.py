@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 
 from msgspec import Raw, Struct
 
@@ -27,6 +28,7 @@ from gateway.errors import (
 from gateway.observability.logs import keep_out, log_event
 from gateway.principal import Principal
 from gateway.registry.entry import AgentEntry
+from gateway.routing.routed import RoutedBinding
 from gateway.routing.targets import Binding
 from gateway.run import Executor, Run
 from gateway.runs.cached import CachedExecutor
@@ -37,14 +39,16 @@ _log = logging.getLogger("gateway.security")
 
 
 _LONGEST_USER = 256
+_MOST_REACHED = 4_096
+_NONE: Mapping[str, str] = MappingProxyType({})
 
 
 class Call(Struct, frozen=True):
-    """One request at the door: who, what, and the headers an agent may see.
+    """One request at the door: who, what, and its headers, of which an agent sees those on the list.
 
     ``body`` is the JSON text that ``fields`` was cut from, ``path`` the surface, without ``/v1``.
     ``upstream`` is the one the caller wants, instead of what routing would choose, ``end_user`` whom a header names.
-    ``run_id`` None: a new one. ``all_headers`` are those of the request, of which an agent's run reads a few.
+    ``run_id`` None: a new one.
     """
 
     principal: Principal
@@ -58,7 +62,6 @@ class Call(Struct, frozen=True):
     cache_control: str | None = None
     end_user: str | None = None
     run_id: uuid.UUID | None = None
-    all_headers: Mapping[str, str] = {}
 
 
 def admit(call: Call, snapshot: Snapshot, settings: Settings) -> tuple[Run, Executor]:
@@ -71,7 +74,7 @@ def admit(call: Call, snapshot: Snapshot, settings: Settings) -> tuple[Run, Exec
     target = authorize_model(name, call.principal, snapshot, upstream=call.upstream)
     request: ChatRequest | RelayRequest
     executor: Executor
-    metadata: Mapping[str, str] = {}
+    metadata = headers = _NONE
     caller = NOTHING
     if isinstance(target, AgentEntry):
         if call.path != CHAT_PATH:
@@ -85,7 +88,8 @@ def admit(call: Call, snapshot: Snapshot, settings: Settings) -> tuple[Run, Exec
         model, executor, streamed = target.id, target.executor, bool(request.stream)
         deadline_s = min(target.options.timeout_s or settings.run_timeout_s, settings.run_timeout_s)
         metadata = request.metadata or {}
-        caller = accept_caller_context(call.all_headers, call.principal)
+        headers = {name: call.headers[name] for name in settings.header_allowlist if name in call.headers}
+        caller = accept_caller_context(call.headers, call.principal)
     else:
         request = decode_relay(name, call.fields, call.path)
         model, executor, streamed = name, RelayExecutor(target, meter=snapshot.meter), request.stream
@@ -103,7 +107,7 @@ def admit(call: Call, snapshot: Snapshot, settings: Settings) -> tuple[Run, Exec
         deadline_s=deadline_s,
         session_id=call.session_id,
         metadata=metadata,
-        headers=call.headers,
+        headers=headers,
         upstream=call.upstream,
         end_user=call.end_user or end_user_of(call.fields),
         binding=None if isinstance(target, AgentEntry) else target,
@@ -145,13 +149,17 @@ def end_user_of(fields: Mapping[str, Raw]) -> str | None:
 
 def authorize_model(
     name: str, principal: Principal, snapshot: Snapshot, *, upstream: str | None = None
-) -> AgentEntry | Binding:
+) -> AgentEntry | RoutedBinding:
     """Resolve a model name and check the caller's right to it; the right is judged on the canonical id.
 
     ``upstream`` is the caller's own choice; `PermissionDenied` for a key that does not reach all of that upstream.
     """
     if upstream is not None:
         _authorize_choice(upstream, principal, snapshot)
+    else:
+        known = snapshot.reached.get((principal.key_id, name))
+        if known is not None and known[0] is principal:
+            return RoutedBinding.of(known[1])
     if principal.is_drop_in:
         try:
             return snapshot.routes.resolve(name, upstream=upstream)
@@ -168,14 +176,20 @@ def authorize_model(
             "matches it to allow_agents, or use a model from GET /v1/models.",
             param="model",
         )
-    if not isinstance(target, AgentEntry) and upstream is not None and canonical == name:
+    if isinstance(target, AgentEntry):
+        return target
+    if upstream is not None and canonical == name:
         return snapshot.routes.find_model(name, upstream=upstream) or target
+    if upstream is None and not snapshot.access.overrides and not _log.isEnabledFor(logging.DEBUG):
+        if len(snapshot.reached) >= _MOST_REACHED:
+            snapshot.reached.clear()
+        snapshot.reached[principal.key_id, name] = principal, target.upstream.route
     return target
 
 
 def find_target(
     name: str, principal: Principal, snapshot: Snapshot, *, upstream: str | None = None
-) -> tuple[str, AgentEntry | Binding | None]:
+) -> tuple[str, AgentEntry | RoutedBinding | None]:
     """Return what a name means to a caller, by the canonical id that its right is judged on; None for nothing.
 
     An id and an ``upstream/model`` mean one thing to everybody. A shorter name is looked for among what the caller

@@ -305,13 +305,19 @@ class RelayRequest(Struct, frozen=True, kw_only=True):
 
 
 class _Key(str):
-    """A top-level key; counting its decodes reveals duplicates that a dict would swallow."""
+    """A top-level key, equal to itself alone: one that comes twice is in a dict twice."""
 
     __slots__ = ()
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
 
 
 _MOST_FIELDS = 1_000
 """Each costs a microsecond of the loop, several times over."""
+_SMALL = 65_536
+"""A body in which there is no room for so many fields that decoding them all takes long."""
 
 
 def decode_body(body: bytes) -> dict[str, Raw]:
@@ -321,19 +327,10 @@ def decode_body(body: bytes) -> dict[str, Raw]:
     trailing bytes, more top-level fields than any request has, and duplicate keys however they are escaped (the last
     one winning would let a request name another model than the one that is judged).
     """
-    seen = 0
-
-    def count(_: type, key: Any) -> Any:
-        nonlocal seen
-        seen += 1
-        if seen > _MOST_FIELDS:
-            raise InvalidRequest(f"The request body has more than {_MOST_FIELDS:,} top-level fields.")
-        return _Key(key)
-
     try:
         if not body.isascii():
             body.decode()
-        fields: dict[str, Raw] = msgspec.json.decode(body, type=dict[_Key, Raw], dec_hook=count)
+        given = _FIELDS.decode(body) if len(body) <= _SMALL else _decode_counted(body)
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"The request body is not valid UTF-8 (byte {error.start}).") from error
     except msgspec.ValidationError as error:
@@ -342,9 +339,30 @@ def decode_body(body: bytes) -> dict[str, Raw]:
         raise InvalidRequest(f"The request body is not valid JSON: {_tidy(error)}.") from error
     except RecursionError as error:
         raise InvalidRequest("The request body is nested too deeply.") from error
-    if seen != len(fields):
+    if len(given) > _MOST_FIELDS:
+        raise _too_many_fields()
+    fields = dict(zip(map(str, given), given.values(), strict=True))
+    if len(fields) != len(given):
         raise InvalidRequest("The request body names a top-level key more than once; send each key once.")
     return fields
+
+
+def _decode_counted(body: bytes) -> dict[_Key, Raw]:
+    """Decode as far as there are not too many fields: of a large body they would hold up the loop."""
+    seen = 0
+
+    def count(_: type, key: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        if seen > _MOST_FIELDS:
+            raise _too_many_fields()
+        return _Key(key)
+
+    return msgspec.json.decode(body, type=dict[_Key, Raw], dec_hook=count)
+
+
+def _too_many_fields() -> InvalidRequest:
+    return InvalidRequest(f"The request body has more than {_MOST_FIELDS:,} top-level fields.")
 
 
 def decode_model(fields: Mapping[str, Raw]) -> str:
@@ -352,19 +370,19 @@ def decode_model(fields: Mapping[str, Raw]) -> str:
     raw = fields.get("model")
     if raw is None:
         raise InvalidRequest("you must provide a model parameter", param="model")
-    model: str = _decode(raw, str, "model")
+    model: str = _decode(raw, _STRING, "model")
     return model
 
 
 def decode_value(raw: Raw, name: str) -> Any:
     """Return a field's value, whatever it is; raise `InvalidRequest` for what JSON allows and Python cannot hold."""
-    return _decode(raw, Any, name)
+    return _decode(raw, _ANYTHING, name)
 
 
 def decode_flag(fields: Mapping[str, Raw], name: str) -> bool:
     """Return an optional boolean top-level field; absent and null are False."""
     raw = fields.get(name)
-    return bool(_decode(raw, bool | None, name)) if raw is not None else False
+    return bool(_decode(raw, _FLAG, name)) if raw is not None else False
 
 
 def decode_relay(model: str, fields: dict[str, Raw], path: str = CHAT_PATH) -> RelayRequest:
@@ -372,7 +390,7 @@ def decode_relay(model: str, fields: dict[str, Raw], path: str = CHAT_PATH) -> R
     if path not in STREAMED_PATHS:
         return RelayRequest(model=model, fields=fields, path=path)
     options = fields.get("stream_options")
-    parsed = _decode(options, StreamOptions | None, "stream_options") if options is not None else None
+    parsed = _decode(options, _STREAM_OPTIONS, "stream_options") if options is not None else None
     return RelayRequest(
         model=model,
         fields=fields,
@@ -399,12 +417,17 @@ def decode_chat(body: bytes, fields: Mapping[str, Raw]) -> ChatRequest:
 
 
 _CHAT = msgspec.json.Decoder(ChatRequest)
+_FIELDS = msgspec.json.Decoder(dict[_Key, Raw], dec_hook=str.__new__)
+_STRING = msgspec.json.Decoder(str)
+_FLAG = msgspec.json.Decoder(bool | None)
+_STREAM_OPTIONS = msgspec.json.Decoder(StreamOptions | None)
+_ANYTHING = msgspec.json.Decoder()
 _PATH = re.compile(r" - at `\$\.?(.*?)`$")
 
 
-def _decode(raw: Raw, type_: Any, name: str) -> Any:
+def _decode(raw: Raw, decoder: msgspec.json.Decoder[Any], name: str) -> Any:
     try:
-        return msgspec.json.decode(raw, type=type_)
+        return decoder.decode(raw)
     except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidRequest(f"Invalid value for '{name}': {_tidy(error)}.", param=name) from error
 

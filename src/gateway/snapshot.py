@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gateway.caching.cache import CacheTable
+from gateway.principal import Principal
 from gateway.registry.registry import Registry
+from gateway.routing.call import Route
 from gateway.routing.table import RouteTable
 from gateway.security.acl import AccessList
 from gateway.security.keys import Keyring
@@ -37,6 +39,10 @@ class Snapshot:
     """Which answers are kept, under the rules of this snapshot; None where no model has a cache."""
     derived: dict[Any, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Answers that follow from this snapshot alone, such as model lists: made once, gone with it."""
+    reached: dict[tuple[str, str], tuple[Principal, Route]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """Where the raw models that callers have named lead them, by key and name; see `gateway.admission`."""
 
 
 class SnapshotHolder:

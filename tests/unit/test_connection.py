@@ -234,7 +234,7 @@ def test_the_whole_body_is_there_at_once_or_not_at_all() -> None:
     bodies: list[bytes | None] = []
 
     async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
-        bodies.append(exchange_of(scope).take_body())
+        bodies.append(exchange_of(scope).take_body(1_000))
         await answer(send, b"")
 
     async def main() -> None:
@@ -324,3 +324,53 @@ def test_the_older_version_gets_no_chunks() -> None:
     socket = asyncio.run(main())
     assert socket.sent == b"HTTP/1.1 200 OK\r\nserver: gw\r\nconnection: close\r\n\r\none two three"
     assert socket.closed
+
+
+@pytest.mark.parametrize(
+    ("request_head", "last", "written"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", False, b"server: gw\r\na: b\r\ncontent-length: 2\r\n\r\nhi"),
+        (b"HEAD / HTTP/1.1\r\n\r\n", False, b"server: gw\r\na: b\r\ncontent-length: 2\r\n\r\n"),
+        (b"GET / HTTP/1.1\r\n\r\n", True, b"server: gw\r\na: b\r\nconnection: close\r\ncontent-length: 2\r\n\r\nhi"),
+        (b"GET / HTTP/1.0\r\n\r\n", False, b"server: gw\r\na: b\r\nconnection: close\r\ncontent-length: 2\r\n\r\nhi"),
+    ],
+)
+def test_a_whole_answer_without_asgi_is_one_write(request_head: bytes, last: bool, written: bytes) -> None:
+    async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        exchange = exchange_of(scope)
+        with pytest.raises(RuntimeError, match="characters that a header cannot carry"):
+            exchange.answer(200, [(b"a", b"b\r\nc: d")], b"")
+        assert exchange.answer(200, [(b"a", b"b")], b"hi", last=last)
+        with pytest.raises(RuntimeError, match="after another one had begun"):
+            exchange.answer(200, [], b"")
+
+    async def main() -> Socket:
+        connection, socket = connect(app)
+        connection.data_received(request_head)
+        await settle()
+        return socket
+
+    socket = asyncio.run(main())
+    assert socket.writes == [b"HTTP/1.1 200 OK\r\n" + written]
+    assert socket.closed == (b"connection: close" in written)
+
+
+def test_an_answer_to_a_client_that_reads_slowly_is_left_to_asgi() -> None:
+    taken: list[bool] = []
+
+    async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        taken.append(exchange_of(scope).answer(200, [], b"hi"))
+        await answer(send, b"later")
+
+    async def main() -> bytes:
+        connection, socket = connect(app)
+        connection.pause_writing()
+        connection.data_received(b"GET / HTTP/1.1\r\n\r\n")
+        await settle()
+        assert not socket.writes
+        connection.resume_writing()
+        await settle()
+        return socket.sent
+
+    assert asyncio.run(main()).endswith(b"content-length: 5\r\n\r\nlater")
+    assert taken == [False]

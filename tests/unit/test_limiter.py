@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from gateway.errors import BudgetExhausted, GatewayError, RateLimited, ServiceUnavailable
 from gateway.events import Usage
+from gateway.limits.accounts import duration
 from gateway.limits.limiter import Limiter
 from gateway.limits.memory import MemoryLimits
 from gateway.limits.port import Answer, Batch, LimitStore, LimitStoreDown
-from gateway.limits.reservation import NOTHING, Estimate, Reservation, duration
+from gateway.limits.reservation import NOTHING, Estimate, Reservation
 from gateway.observability.metrics import Metrics
 from gateway.principal import Allowance, Limits, Principal
 from gateway.usage.prices import PICO

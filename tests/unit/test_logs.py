@@ -14,6 +14,7 @@ import pytest
 
 from gateway.errors import GatewayError
 from gateway.observability.logs import (
+    EventShape,
     JsonHandler,
     bind_request_id,
     bind_tool,
@@ -306,3 +307,45 @@ async def test_two_hundred_requests_at_once_share_no_word(lines: Lines) -> None:
         assert line["endpoint"] == f"/e/{number}"
         assert line.get("tool_name") == line.get("own")
         assert line.get("agent_id") == (f"g-{number}" if line["event"] == "in.request" else None)
+
+
+def test_lines_of_every_call_are_written_together_and_before_a_warning(lines: Lines) -> None:
+    shape = EventShape(LOGGER, "call.ended", "path", "status", foreign=("path",))
+    _nobody_else_listens()
+
+    async def main() -> None:
+        with bind_request_id("req-1"):
+            shape.log(["/a\x85b", 200])
+            await asyncio.sleep(0)
+            assert lines.all() == []
+            shape.log(["/c", None], logging.WARNING)
+
+    asyncio.run(main())
+    first, second = lines.all()
+    assert list(first) == ["timestamp", "level", "logger", "event", "request_id", "message", "path", "status"]
+    assert (first["level"], first["path"], first["status"]) == ("info", "/a\\u0085b", 200)
+    assert (second["level"], second["path"], second["message"]) == ("warning", "/c", "call.ended")
+    assert "status" not in second
+
+
+def _nobody_else_listens() -> None:
+    root = logging.getLogger()
+    root.handlers[:] = [handler for handler in root.handlers if isinstance(handler, JsonHandler)]
+
+
+def test_whoever_else_listens_hears_the_lines_of_every_call(lines: Lines) -> None:
+    shape = EventShape(LOGGER, "call.ended", "path")
+    root, handler = logging.getLogger(), logging.NullHandler()
+    heard: list[str] = []
+    handler.handle = lambda record: bool(heard.append(record.getMessage()))  # type: ignore[method-assign, func-returns-value]
+    _nobody_else_listens()
+    with bind_request_id("req-1"):
+        shape.log(["/a"])
+        root.addHandler(handler)
+        try:
+            shape.log(["/b"])
+        finally:
+            root.removeHandler(handler)
+        shape.log(["/c"])
+    assert heard == ["call.ended"]
+    assert [line["path"] for line in lines.all()] == ["/a", "/b", "/c"]

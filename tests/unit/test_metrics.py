@@ -260,3 +260,20 @@ JSON, TEXT, OPEN = "application/json", "text/plain", "application/openmetrics-te
 )
 def test_accept_chooses_the_format(accept: str | None, chosen: str) -> None:
     assert negotiate(accept, (JSON, TEXT, OPEN)) == chosen
+
+
+def test_what_is_observed_waits_until_it_is_counted_together() -> None:
+    metrics = Metrics()
+    for seconds in (0.01, 0.3, 0.3):
+        metrics.http_request("/a", "GET", 200, seconds * 1000)
+    metrics.settle()
+    metrics.http_request("/a", "GET", 200, 1_000_000)
+    found = samples(metrics)
+    name = "agent_gateway_http_request_latency_ms"
+    assert {key: found[f"{name}_bucket{{le={key},route=/a}}"] for key in ("25.0", "400.0", "600000.0", "+Inf")} == {
+        "25.0": 1,
+        "400.0": 3,
+        "600000.0": 3,
+        "+Inf": 4,
+    }
+    assert found[f"{name}_sum{{route=/a}}"] == pytest.approx(1_000_610)

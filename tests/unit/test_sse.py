@@ -46,7 +46,7 @@ def run(scenario: Callable[[Wire], Awaitable[None]]) -> None:
 
 def test_nothing_is_sent_before_the_first_bytes() -> None:
     async def scenario(wire: Wire) -> None:
-        async with Connection(wire.receive) as connection:
+        with Connection(wire.receive) as connection:
             stream = EventStream(Client({}, wire.send, ()), connection, ping_s=60)
             assert not stream.started and not wire.sent
             await stream.write(b"data: 1\n\n")
@@ -64,7 +64,7 @@ def test_nothing_is_sent_before_the_first_bytes() -> None:
 
 def test_silence_sends_a_comment_and_with_it_the_head() -> None:
     async def scenario(wire: Wire) -> None:
-        async with Connection(wire.receive) as connection:
+        with Connection(wire.receive) as connection:
             stream = EventStream(Client({}, wire.send, ()), connection, ping_s=0.01)
             while wire.body().count(PING) < 3:
                 wire.grew.clear()
@@ -82,7 +82,7 @@ def test_a_client_that_leaves_cancels_the_work_at_once() -> None:
 
         async def serve() -> None:
             nonlocal cleaned
-            async with Connection(wire.receive):
+            with Connection(wire.receive):
                 try:
                     wire.left.set()
                     await asyncio.Event().wait()
@@ -101,7 +101,7 @@ def test_cancelling_from_outside_is_not_mistaken_for_a_client() -> None:
         entered = asyncio.Event()
 
         async def serve() -> None:
-            async with Connection(wire.receive):
+            with Connection(wire.receive):
                 entered.set()
                 await asyncio.Event().wait()
 
@@ -121,7 +121,7 @@ def test_a_client_that_stops_reading_counts_as_gone(monkeypatch: pytest.MonkeyPa
         wire.stalled = asyncio.Event()
 
         async def serve() -> None:
-            async with Connection(wire.receive) as connection:
+            with Connection(wire.receive) as connection:
                 stream = EventStream(Client({}, wire.send, ()), connection, ping_s=0.01)
                 try:
                     await stream.write(b"data: 1\n\n")

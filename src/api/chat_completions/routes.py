@@ -12,7 +12,7 @@ from api.chat_completions.encoder import (
     encode_error,
     limit_headers,
 )
-from api.dependencies import read_body, session_id
+from api.dependencies import find_body, read_body, session_id
 from api.errors import public, routed_headers
 from api.routing import Request, Response
 from api.sse import ClientGone, Connection, EventStream
@@ -37,34 +37,41 @@ async def serve_model_call(request: Request, path: str) -> Response | None:
 
     ``path`` is the surface, without ``/v1``; only chat has agents.
     """
-    body = await read_body(request)
-    settings = request.gateway.settings
+    body = find_body(request)
+    if body is None:
+        body = await read_body(request)
+    gateway, headers = request.gateway, request.headers
+    settings = gateway.settings
     call = Call(
-        principal=request.caller,
-        request_id=request.request_id,
-        body=body,
-        fields=decode_body(body),
-        headers={name: request.headers[name] for name in settings.header_allowlist if name in request.headers},
-        session_id=session_id(request.headers),
-        path=path,
-        upstream=request.headers.get("x-gateway-upstream"),
-        cache_control=request.headers.get("cache-control"),
-        end_user=request.headers.get(settings.end_user_header) if settings.end_user_header else None,
-        run_id=request.ids.uuid(),
-        all_headers=request.headers,
+        request.caller,
+        request.request_id,
+        body,
+        decode_body(body),
+        headers,
+        session_id(headers),
+        path,
+        headers.get("x-gateway-upstream"),
+        headers.get("cache-control"),
+        headers.get(settings.end_user_header) if settings.end_user_header else None,
+        request.ids.uuid(),
     )
-    run, executor = await _admit_when_loaded(request, call)
-    if run.principal.allowance is not None:
-        run = await reserve(run, len(body), request.gateway.limiter, request.gateway.holder.current, settings)
     try:
-        async with Connection(request.receive, request.client.exchange) as connection:
+        run, executor = admit(call, gateway.holder.current, settings)
+    except ModelNotFound:
+        if gateway.loaded.is_set():
+            raise
+        run, executor = await _admit_when_loaded(request, call)
+    if run.principal.allowance is not None:
+        run = await reserve(run, len(body), gateway.limiter, gateway.holder.current, settings)
+    try:
+        with Connection(request.receive, request.client.exchange) as connection:
             if run.streamed:
                 await _stream(request, run, executor, connection)
                 return None
             if isinstance(executor, DirectExecutor):
-                return answer_response(await request.gateway.engine.answer(run, executor), limit_headers(run))
+                return answer_response(await gateway.engine.answer(run, executor), limit_headers(run))
             builder = CompletionBuilder(run)
-            await request.gateway.engine.execute(run, executor, builder.add)
+            await gateway.engine.execute(run, executor, builder.add)
             return Response(builder.body(), headers=builder.headers + limit_headers(run))
     except ClientGone:
         log_event(_log, "http.client.gone", run_id=run.id.hex, model=run.model)
@@ -72,15 +79,15 @@ async def serve_model_call(request: Request, path: str) -> Response | None:
 
 
 async def _admit_when_loaded(request: Request, call: Call) -> tuple[Run, Executor]:
-    """Admit; while the first load of the agents is under way, an unknown name may only be early: wait for it."""
+    """Admit a name that may only be early: the first load of the agents is under way."""
     gateway = request.gateway
     while True:
+        await gateway.wait_for_agents()
         try:
             return admit(call, gateway.holder.current, gateway.settings)
         except ModelNotFound:
             if gateway.loaded.is_set():
                 raise
-        await gateway.wait_for_agents()
 
 
 async def _stream(request: Request, run: Run, executor: Executor, connection: Connection) -> None:

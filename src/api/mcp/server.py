@@ -160,8 +160,7 @@ class _Face:
             request_id=request.request_id,
             body=body,
             fields=decode_body(body),
-            headers=_seen_headers(request),
-            all_headers=request.headers,
+            headers=request.headers,
         )
         snapshot = gateway.holder.current
         run, executor = admit(call, snapshot, gateway.settings)

@@ -53,7 +53,7 @@ def relayed(path: str, *, model: NamesModel) -> Handler:
     async def handle(request: Request) -> Response | None:
         upload = Upload(request)
         try:
-            async with Connection(upload.receive) as connection:
+            with Connection(upload.receive) as connection:
                 upload.connection = connection
                 destination, outgoing = await _prepare(request, upload, path, model)
                 settings = request.gateway.settings

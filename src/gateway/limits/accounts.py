@@ -4,11 +4,43 @@ from __future__ import annotations
 
 import time
 
+from msgspec import Struct
+
 from gateway.limits.port import Ask, Change, Grant, Renewal
-from gateway.limits.rules import Counted
+from gateway.limits.rules import Counted, Measure
 
 _LEASE_SHARE = 0.9
 """A lease is given up before it ends at the store, by this share of its time."""
+
+
+class Standing(Struct, frozen=True):
+    """How far a caller is from one of its limits, as the answer's headers say."""
+
+    measure: Measure
+    limit: int
+    remaining: int
+    reset_ms: int
+
+    def headers(self) -> tuple[tuple[bytes, bytes], ...]:
+        """Return the headers, as OpenAI spells them."""
+        limit, remaining, reset = _HEADERS[self.measure]
+        return (limit, b"%d" % self.limit), (remaining, b"%d" % self.remaining), (reset, duration(self.reset_ms))
+
+
+_HEADERS: dict[Measure, tuple[bytes, bytes, bytes]] = {
+    "requests": (b"x-ratelimit-limit-requests", b"x-ratelimit-remaining-requests", b"x-ratelimit-reset-requests"),
+    "tokens": (b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens"),
+}
+
+
+def duration(milliseconds: int) -> bytes:
+    """Return a time as OpenAI's headers have it: ``850ms``, ``12.5s``, ``6m0s``."""
+    if milliseconds < 1_000:
+        return b"%dms" % max(milliseconds, 0)
+    if milliseconds < 60_000:
+        return b"%gs" % (milliseconds / 1000)
+    minutes, rest = divmod(milliseconds, 60_000)
+    return b"%dm%gs" % (minutes, rest / 1000)
 
 
 class Account:
@@ -34,6 +66,10 @@ class Account:
         """What is left, as far as this process knows."""
         return max(self.counted.rule.limit - self.used + self._available, 0)
 
+    def standing(self) -> Standing:
+        """Return how far the caller is from this limit, as far as this process knows."""
+        return Standing(self.counted.measure, self.counted.rule.limit, self.remaining, self.reset_ms)
+
     @property
     def leased(self) -> int:
         """What this process has leased and not used."""
@@ -46,7 +82,7 @@ class Account:
 
     def draw(self, amount: int) -> int | None:
         """Take an amount of what is leased; return its slot, or None where that is not enough."""
-        if self._available < max(amount, 1) or time.monotonic() >= self._until:
+        if self._available < (amount or 1) or time.monotonic() >= self._until:
             return None
         self._available -= amount
         return self._slot

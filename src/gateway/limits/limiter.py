@@ -17,10 +17,10 @@ from typing import NoReturn, TypeVar
 from msgspec import Struct
 
 from gateway.errors import BudgetExhausted, GatewayError, RateLimited, ServiceUnavailable
-from gateway.limits.accounts import Account
+from gateway.limits.accounts import Account, Standing, duration
 from gateway.limits.memory import MemoryLimits
 from gateway.limits.port import Answer, Batch, Change, Grant, LimitStore, LimitStoreDown, Refusal, Renewal, Rule
-from gateway.limits.reservation import Estimate, Part, Reservation, Standing, duration, wants_of
+from gateway.limits.reservation import NOTHING, OF_CALLS, Estimate, Part, Reservation, wants_of
 from gateway.limits.rules import NANO, Counted, Measure, Scope, counted, end_user_name
 from gateway.observability.logs import log_event
 from gateway.observability.metrics import Metrics
@@ -60,11 +60,18 @@ class _Waiting(Struct):
 
 
 class _Plan(Struct):
-    """The accounts of one key, or of one end user of it."""
+    """The accounts of one key, or of one end user of it.
+
+    ``of_calls`` are those that model calls use, ``of_runs`` those of runs under way, ``told`` those that clients are
+    told of. ``wants`` is what a run takes where no model call is weighed.
+    """
 
     allowance: Allowance
     accounts: tuple[Account, ...]
-    weighs: bool
+    of_calls: tuple[Account, ...]
+    of_runs: tuple[Account, ...]
+    told: tuple[Account, ...]
+    wants: list[Want]
 
 
 class Limiter:
@@ -115,13 +122,15 @@ class Limiter:
 
         Raises `RateLimited`, `BudgetExhausted`, or `ServiceUnavailable` for a budget nobody can look at.
         """
-        accounts = self._plan_of(principal, end_user).accounts
-        parts = await self.take(wants_of(accounts, estimate), principal.key_id)
-        return Reservation(self, principal.key_id, accounts, parts, _standing(accounts))
+        plan = self._plan_of(principal, end_user)
+        parts = await self.take(wants_of(plan.accounts, estimate) if plan.of_calls else plan.wants, principal.key_id)
+        held = [part for part in parts if part.account in plan.of_runs] if plan.of_runs else []
+        used = [part for part in parts if part.account in plan.of_calls] if plan.of_calls else []
+        return Reservation(self, principal.key_id, plan.of_calls, held, used, _standing(plan.told))
 
     def weighs(self, principal: Principal, end_user: str | None) -> bool:
         """Return whether it matters to a caller's limits how many tokens, or how much money, a call may use."""
-        return self._plan_of(principal, end_user).weighs
+        return bool(self._plan_of(principal, end_user).of_calls)
 
     async def take(self, wants: Sequence[Want], key_id: str) -> list[Part]:
         """Take all of it, or nothing; raises as `admit` does."""
@@ -411,19 +420,21 @@ def _spent_rule(rule: Rule) -> Rule:
 
 
 def _planned(allowance: Allowance, accounts: tuple[Account, ...]) -> _Plan:
-    weighs = any(account.counted.measure in ("tokens", "cost") for account in accounts)
-    return _Plan(allowance, accounts, weighs)
+    def of(*measures: Measure) -> tuple[Account, ...]:
+        return tuple(account for account in accounts if account.counted.measure in measures)
+
+    of_runs, told = of("runs"), of("requests", "tokens")
+    return _Plan(allowance, accounts, of(*OF_CALLS), of_runs, told, wants_of(accounts, NOTHING))
 
 
-def _standing(accounts: Sequence[Account]) -> tuple[Standing, ...]:
-    """Return the tightest limit of each measure that clients are told of."""
+def _standing(told: Sequence[Account]) -> tuple[Standing, ...]:
+    """Return the tightest limit of each measure."""
+    if len(told) == 1:
+        return (told[0].standing(),)
     found: dict[Measure, Standing] = {}
-    for account in accounts:
-        of = account.counted
-        if of.measure not in ("requests", "tokens"):
-            continue
-        standing = Standing(of.measure, of.rule.limit, account.remaining, account.reset_ms)
-        known = found.get(of.measure)
+    for account in told:
+        standing = account.standing()
+        known = found.get(standing.measure)
         if known is None or standing.remaining < known.remaining:
-            found[of.measure] = standing
+            found[standing.measure] = standing
     return tuple(found.values())

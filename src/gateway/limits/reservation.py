@@ -15,10 +15,10 @@ from msgspec import Struct
 
 from gateway.errors import RateLimited
 from gateway.events import Usage
-from gateway.limits.accounts import Account
+from gateway.limits.accounts import Account, Standing
 from gateway.limits.rules import Measure, nanodollars_of_pico
 
-_OF_CALLS: tuple[Measure, ...] = ("tokens", "cost")
+OF_CALLS: tuple[Measure, ...] = ("tokens", "cost")
 """What model calls use; the rest is a run's."""
 
 
@@ -44,24 +44,6 @@ class Part(Struct, frozen=True):
     account: Account
     amount: int
     slot: int
-
-
-class Standing(Struct, frozen=True):
-    """How far a caller is from one of its limits, as the answer's headers say."""
-
-    measure: Measure
-    limit: int
-    remaining: int
-    reset_ms: int
-
-    def headers(self) -> tuple[tuple[bytes, bytes], ...]:
-        """Return the headers, as OpenAI spells them."""
-        name = self.measure.encode()
-        return (
-            (b"x-ratelimit-limit-" + name, b"%d" % self.limit),
-            (b"x-ratelimit-remaining-" + name, b"%d" % self.remaining),
-            (b"x-ratelimit-reset-" + name, duration(self.reset_ms)),
-        )
 
 
 class Ledger(Protocol):
@@ -124,7 +106,10 @@ class CallHold:
 
 
 class Reservation:
-    """What a run holds. ``standings`` are as they were when it was admitted."""
+    """What a run holds: ``held`` while it is under way, ``used`` for its first model call.
+
+    ``accounts`` are those that model calls use. ``standings`` are as they were when it was admitted.
+    """
 
     __slots__ = ("_accounts", "_calls", "_held", "_key_id", "_ledger", "standings")
 
@@ -133,23 +118,22 @@ class Reservation:
         ledger: Ledger,
         key_id: str,
         accounts: Sequence[Account],
-        parts: Sequence[Part],
+        held: Sequence[Part],
+        used: Sequence[Part],
         standings: tuple[Standing, ...],
     ) -> None:
-        self._ledger = ledger
-        self._key_id = key_id
-        self._accounts = [account for account in accounts if account.counted.measure in _OF_CALLS]
-        self._held = [part for part in parts if part.account.counted.measure == "runs"]
-        self._calls: list[CallHold] = []
-        if self._accounts:
-            used = [part for part in parts if part.account.counted.measure in _OF_CALLS]
-            self._calls.append(CallHold(ledger, self._accounts, used))
+        self._ledger, self._key_id, self._accounts = ledger, key_id, accounts
+        self._held = held
+        self._calls = [CallHold(ledger, accounts, used)] if accounts else []
         self.standings = standings
 
     @property
     def headers(self) -> tuple[tuple[bytes, bytes], ...]:
         """The ``x-ratelimit-…`` headers of the answer."""
-        return tuple(header for standing in self.standings for header in standing.headers())
+        headers: tuple[tuple[bytes, bytes], ...] = ()
+        for standing in self.standings:
+            headers += standing.headers()
+        return headers
 
     async def reserve_call(self, estimate: Estimate, *, patience_s: float = 0.0) -> CallHold:
         """Reserve for one more model call; waits up to ``patience_s`` for tokens to come free.
@@ -179,8 +163,8 @@ class Reservation:
 
     def end(self) -> None:
         """Give back what is still held; call it however the run ended."""
-        held, self._held = self._held, []
-        if held:
+        if self._held:
+            held, self._held = self._held, ()
             self._ledger.give_back(held)
         for call in self._calls:
             call.release()
@@ -192,15 +176,6 @@ def wants_of(accounts: Sequence[Account], estimate: Estimate) -> list[tuple[Acco
         (account, 1 if account.counted.measure in ("requests", "runs") else _amount(account, estimate))
         for account in accounts
     ]
-
-
-def duration(milliseconds: int) -> bytes:
-    """Return a time as OpenAI's headers have it: ``850ms``, ``12.5s``, ``6m0s``."""
-    if milliseconds < 1_000:
-        return b"%dms" % max(milliseconds, 0)
-    minutes, rest = divmod(milliseconds, 60_000)
-    seconds = f"{rest / 1000:.3f}".rstrip("0").rstrip(".")
-    return f"{minutes}m{seconds}s".encode() if minutes else f"{seconds}s".encode()
 
 
 def _amount(account: Account, estimate: Estimate) -> int:

@@ -16,7 +16,6 @@ import traceback
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from contextvars import ContextVar, Token
-from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, TextIO
 
@@ -193,8 +192,9 @@ class EventShape:
     def __init__(self, logger: logging.Logger, event: str, *names: str, foreign: Collection[str] = ()) -> None:
         self._logger, self._event, self._names = logger, event, names
         self._foreign = tuple(index for index, name in enumerate(names) if name in foreign)
-        fields = [("request_id", str), ("message", str), *((name, Any, None) for name in (*names, *LogContext.SHOWN))]
-        self._make: Any = msgspec.defstruct("Line", fields, omit_defaults=True)
+        fields: list[Any] = [(name, Any, None) for name in (*names, *LogContext.SHOWN)]
+        ids = [("request_id", str), ("message", str)]
+        self._make: Any = msgspec.defstruct("Line", [*ids, *fields], omit_defaults=True)
         self._heads = _Heads(logger.name, event)
         self._handler: JsonHandler | None = None
         self._heard: list[logging.Handler] = []
@@ -390,7 +390,8 @@ def _line(
 
 
 def _timestamp(created: float) -> str:
-    return f"{datetime.fromtimestamp(created, UTC).isoformat('T', 'milliseconds')[:23]}Z"
+    second = int(created)
+    return f"{_second(second)}.{int((created - second) * 1000):03d}Z"
 
 
 def clean_text(text: str, longest: int = _LONGEST_TEXT) -> str:
@@ -406,6 +407,11 @@ def _scrub(text: str, longest: int) -> str:
     if not text.isprintable():
         text = _UNSAFE.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
     return text
+
+
+@lru_cache(maxsize=8)
+def _second(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
 class _Scrubbed(dict[str, str]):

@@ -157,11 +157,11 @@ class Metrics:
         """Record one refresh of the registry; ``outcome`` is ``changed``, ``unchanged`` or ``failed``."""
         self._reload_ms.child(outcome).observe(seconds * 1000)
 
-    def http_request(self, route: str, method: str, status: int, seconds: float) -> None:
+    def http_request(self, route: str, method: str, status: int, milliseconds: float) -> None:
         """Record one HTTP answer by its route template; a client that left before one has status 0, shown as 499."""
         count, times = self._http_children.get((route, method, status)) or self._bind_http(route, method, status)
         count.value += 1
-        times.observe(seconds * 1000)
+        times.observe(milliseconds)
 
     def loop_lag(self, seconds: float) -> None:
         """Record how late the event loop came to something that was due."""

@@ -281,3 +281,8 @@ class RoutedBinding(NamedTuple):
 
     upstream: RoutedUpstream
     model: str
+
+    @classmethod
+    def of(cls, route: Route) -> RoutedBinding:
+        """Return what a run is bound to that takes a route."""
+        return cls(RoutedUpstream(route), route.candidates[0].model)

@@ -15,7 +15,7 @@ from gateway.routing.budget import RetryBudget
 from gateway.routing.call import Fallback, Route, RoutingMetrics
 from gateway.routing.config import ModelRouting, RoutingConfig
 from gateway.routing.health import BreakerState, TargetHealth
-from gateway.routing.routed import RoutedBinding, RoutedUpstream
+from gateway.routing.routed import RoutedBinding
 from gateway.routing.strategies import Candidate
 from gateway.routing.targets import ListedModel, Server, ServerTable
 
@@ -114,7 +114,7 @@ class RouteTable:
         route = self._agent_routes.get(key)
         if route is None:
             route = self._agent_routes[_room(self._agent_routes, key)] = self._agent_route(*key)
-        return _bound(route)
+        return RoutedBinding.of(route)
 
     def find_model(self, model_id: str, *, upstream: str | None = None) -> RoutedBinding | None:
         """Bind a virtual model or ``upstream/model``, or return None.
@@ -130,7 +130,7 @@ class RouteTable:
             if upstream is not None:
                 route = self._pinned(route, upstream)
             self._raw_routes[_room(self._raw_routes, key)] = route
-        return _bound(route)
+        return RoutedBinding.of(route)
 
     def find_shared(
         self, name: str, allows: Callable[[str], bool], *, upstream: str | None = None
@@ -146,7 +146,8 @@ class RouteTable:
         ]
         if not chosen:
             return None
-        return _bound(self._route(name, [self._candidate(server, name) for server in chosen], ModelRouting()))
+        candidates = [self._candidate(server, name) for server in chosen]
+        return RoutedBinding.of(self._route(name, candidates, ModelRouting()))
 
     def list_models(self) -> Sequence[ListedModel]:
         """Return the virtual models, then those that the upstreams are known to have."""
@@ -263,10 +264,6 @@ class RouteTable:
             elif (candidate := self._find(name)) is not None:
                 found.append(candidate)
         return tuple(item for item in found if not agents or item.target.api == first.target.api)
-
-
-def _bound(route: Route) -> RoutedBinding:
-    return RoutedBinding(RoutedUpstream(route), route.model)
 
 
 def _of_one_api(candidates: list[Candidate]) -> list[Candidate]:

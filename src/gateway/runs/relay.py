@@ -54,8 +54,12 @@ class RelayExecutor(DirectExecutor):
     ) -> None:
         self._binding = binding
         self._meter = meter or Meter()
-        extra = binding.upstream.config.passthrough_keys if passthrough_keys is None else passthrough_keys
-        self._keys = CHUNK_KEYS.union(extra) - {"error"}
+        self._passthrough_keys = passthrough_keys
+
+    @property
+    def _keys(self) -> frozenset[str]:
+        given = self._passthrough_keys
+        return CHUNK_KEYS.union(self._binding.upstream.config.passthrough_keys if given is None else given) - {"error"}
 
     def execute(self, run: Run) -> AsyncIterator[RunEvent]:
         """Yield `Routed`, `RelayedHead`, then chunks and `RelayEnded`, or one `RelayedBody`."""

@@ -422,7 +422,10 @@ def _remind(key_id: str, expires_at: float, now: float) -> bool:
 
 
 def _shown_key(caller: Caller) -> str | None:
-    bearer = _bearer(caller.authorization)
+    given = caller.authorization
+    if caller.x_api_key is None and given is not None and given.startswith("Bearer "):  # nearly everybody
+        return given[7:].strip() or None
+    bearer = _bearer(given)
     x_api_key = (caller.x_api_key or "").strip() or None
     if bearer is not None and x_api_key is not None and bearer != x_api_key:
         raise Unauthenticated(

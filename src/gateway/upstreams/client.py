@@ -407,8 +407,9 @@ class HttpUpstream(Upstream):
     ) -> bytes:
         key = self._keys.take()
         head = self._json_head(path, body, "application/json", key, request_id, headers)
-        exchange, answer = await self._transport.call(head, body)
+        exchange = await self._transport.call(head, body)
         try:
+            answer = exchange.body
             if answer is None:
                 answer = await self._read_answer(exchange, body, key)
             if on_head is not None:

@@ -10,9 +10,10 @@ import asyncio
 import os
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Protocol, cast
+from types import MappingProxyType
+from typing import Any, Protocol, cast
 
 import httptools
 
@@ -46,6 +47,20 @@ def too_large(upstream: str, what: str, limit: int) -> UpstreamMalformed:
     )
 
 
+_TRAILERS: Any = deque(maxlen=0)
+"""Takes the place of the headers once a head is complete: fields after a body count for nothing."""
+_SAID_ONCE = (b"transfer-encoding", b"content-encoding")
+
+
+def first_values(fields: Sequence[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """Return the first value of each header by its lower-case name; of how a body is coded only one may be given."""
+    headers = {name.lower(): value for name, value in reversed(fields)}
+    if len(headers) < len(fields):
+        names = [name.lower() for name, _ in fields]
+        headers.update((name, b"given twice") for name in _SAID_ONCE if names.count(name) > 1)
+    return headers
+
+
 class ConnectionClosedEarly(Exception):
     """A kept-alive connection was closed by the other side before one byte of the answer: safe to send again."""
 
@@ -57,63 +72,25 @@ class Exchange:
     `GatewayError`. Bytes that arrived before a cut are given before the error is raised.
     """
 
-    __slots__ = (
-        "_buffer",
-        "_deadlines",
-        "_enough",
-        "_error",
-        "_loop",
-        "_phase",
-        "_seconds",
-        "_size",
-        "_take",
-        "_timer",
-        "_total_at",
-        "_wait_until",
-        "_waiter",
-        "_whole",
-        "answered",
-        "closed",
-        "complete",
-        "connection",
-        "draining",
-        "due",
-        "head_complete",
-        "headers",
-        "limits",
-        "paused",
-        "reusable",
-        "status",
-        "timeouts",
-    )
+    # What an exchange begins with stands in the class: a call makes one, and changes few of them.
+    status = 0
+    headers: Mapping[bytes, bytes] = MappingProxyType({})
+    body: bytes | None = None
+    answered = head_complete = complete = reusable = closed = draining = paused = False
+    _size = 0
+    _error: GatewayError | ConnectionClosedEarly | None = None
+    _waiter: asyncio.Future[None] | None = None
+    _phase = ""
+    _seconds = 0.0
+    _timer: asyncio.TimerHandle | None = None
+    _take: Callable[[bytes], bool] | None = None
+    _enough = _whole = False
 
     def __init__(self, connection: Connection, timeouts: Timeouts, limits: Limits, total_at: float) -> None:
-        self.timeouts = timeouts
-        self.limits = limits
-        self.status = 0
-        self.headers: dict[bytes, bytes] = {}
-        self.answered = False
-        self.head_complete = False
-        self.complete = False
-        self.reusable = False
-        self.closed = False
-        self.draining = False
-        self.connection = connection
+        self.timeouts, self.limits, self.connection = timeouts, limits, connection
         self._loop = connection.loop
-        self._buffer: deque[bytes] = deque()
-        self._size = 0
-        self.paused = False
-        self._error: GatewayError | ConnectionClosedEarly | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._total_at = total_at
-        self._wait_until = total_at
-        self._phase = ""
-        self._seconds = 0.0
-        self._timer: asyncio.TimerHandle | None = None
-        self._take: Callable[[bytes], bool] | None = None
-        self._enough = False
-        self._whole = False
-        self.due = total_at
+        self._buffer: list[bytes] = []
+        self.due = self._total_at = total_at
         self._deadlines = connection.deadlines
         self._deadlines.watch(self)
 
@@ -126,15 +103,18 @@ class Exchange:
         self._phase, self._seconds = phase, seconds
         until = self._loop.time() + seconds
         if until < self._total_at:
-            self._wait_until = self.due = until
+            self.due = until
             self._deadlines.advance(until)
         else:
-            self._wait_until = until
             self.due = self._total_at
+
+    def renew(self) -> None:
+        """Start the deadline of the last `expect` anew."""
+        self.due = min(self._loop.time() + self._seconds, self._total_at)
 
     def relax(self) -> None:
         """End the deadline of `expect`; the total one stays."""
-        self._wait_until = self.due = self._total_at
+        self.due = self._total_at
 
     async def head(self) -> None:
         """Return when status and headers are there."""
@@ -143,16 +123,15 @@ class Exchange:
                 raise self._error
             await self._wait()
 
-    async def whole(self) -> bytes | None:
-        """Return the whole body of a 2xx answer, waking up once; None, when its head is there, for any other."""
+    async def whole(self) -> None:
+        """Return when a 2xx answer is in ``body``, waking up once; for any other, when its head is there."""
         self._whole = True
         while not self.complete and self._error is None and (self._whole or not self.head_complete):
             await self._wait()
-        if not self._whole:
-            return None
-        if self._error is not None:
-            raise self._error
-        return b"".join(self._buffer)
+        if self._whole:
+            if self._error is not None:
+                raise self._error
+            self.body = b"".join(self._buffer)
 
     async def pipe(self, take: Callable[[bytes], bool]) -> None:
         """Hand every piece to ``take`` as it arrives, in the turn of the loop in which it arrives.
@@ -232,6 +211,10 @@ class Exchange:
             announced = self.headers.get(b"content-length", b"")
             if announced.isdigit() and int(announced) > self.limits.body_bytes:
                 self._refuse_body()
+
+    def progressed(self) -> None:
+        """Note that something came, and was not the end: of a whole answer the next piece is waited for from now."""
+        if self._whole and self.head_complete and self._error is None:
             self.expect(self.timeouts.idle_s, _SILENT)
 
     def received(self, data: bytes) -> None:
@@ -239,15 +222,19 @@ class Exchange:
         if self._error is not None:
             return
         if self._take is not None:
-            self._hand_over(data)
+            try:
+                if not self._take(data):
+                    self._take, self._enough = None, True
+                    self._wake()
+            except GatewayError as error:
+                self.fail(error)
+                self.connection.abort()
             return
         self._size += len(data)
         if self._whole:
             self._buffer.append(data)
             if self._size > self.limits.body_bytes:
                 self._refuse_body()
-            else:
-                self.expect(self.timeouts.idle_s, _SILENT)
             return
         if self.draining:
             if self._size > DRAIN_BYTES:
@@ -270,17 +257,6 @@ class Exchange:
                 self._timer.cancel()
             self.connection.settle(self)
 
-    def _hand_over(self, data: bytes) -> None:
-        assert self._take is not None, "somebody takes the answer"
-        try:
-            if self._take(data):
-                return
-            self._take, self._enough = None, True
-            self._wake()
-        except GatewayError as error:
-            self.fail(error)
-            self.connection.abort()
-
     def _refuse_body(self) -> None:
         self.fail(too_large(self.connection.name, "body", self.limits.body_bytes), at_once=True)
         self.connection.abort()
@@ -299,10 +275,7 @@ class Exchange:
 
     async def _wait(self) -> None:
         self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        await self._waiter
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -359,8 +332,8 @@ class Connection(asyncio.Protocol):
         self._length: bytes | None = None
         self._interim = False
         self._progress = False
-        self._unproductive = 0
-        self._head_bytes = 0
+        self._unproductive = self._read = 0
+        self._fields: Any = []
         self._lost = False
         self._full: asyncio.Future[None] | None = None
 
@@ -369,7 +342,6 @@ class Connection(asyncio.Protocol):
         assert self._socket is not None
         self._exchange = exchange
         self._unproductive = 0
-        self._head_bytes = 0
         if len(body) < 32 * 1024:
             self._socket.write(head + body)
         else:
@@ -453,6 +425,7 @@ class Connection(asyncio.Protocol):
             return
         exchange.answered = True
         self._progress = False
+        self._read = len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -464,6 +437,8 @@ class Connection(asyncio.Protocol):
                 self._refuse_head(exchange)
         else:
             self._unproductive = 0
+        if not exchange.complete:
+            exchange.progressed()
 
     def eof_received(self) -> bool:
         """Let the socket close."""
@@ -516,42 +491,36 @@ class Connection(asyncio.Protocol):
         if exchange is not None and exchange.complete:
             exchange.reusable = False
         self._length = None
+        self._fields = []
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Keep the first value of each header."""
-        exchange = self._exchange
-        if exchange is None or exchange.head_complete:
-            return
-        self._head_bytes += len(name) + len(value) + 4
-        if self._head_bytes > exchange.limits.head_bytes:
-            self._refuse_head(exchange)
-        name = name.lower()
-        if name not in exchange.headers:
-            exchange.headers[name] = value
-        elif name in (b"transfer-encoding", b"content-encoding"):
-            exchange.headers[name] = b"given twice"
+        """Keep a header."""
+        self._fields.append((name, value))
 
     def on_headers_complete(self) -> None:
         """Judge how the body is framed."""
+        fields, self._fields = self._fields, _TRAILERS
         exchange = self._exchange
         if exchange is None or exchange.head_complete:
+            return
+        limit = exchange.limits.head_bytes
+        if self._unproductive + self._read > limit and sum(len(n) + len(v) + 4 for n, v in fields) > limit:
+            self._refuse_head(exchange)
             return
         status = self._parser.get_status_code()
         if status < 200:
             # 100 Continue and 103 Early Hints come before the answer and say nothing about it.
             self._interim = True
-            exchange.headers.clear()
             return
-        headers = exchange.headers
+        exchange.headers = headers = first_values(fields)
         coding = headers.get(b"transfer-encoding")
         if coding is not None and coding.strip().lower() != b"chunked":
             self._refuse(exchange, "sent an answer in a transfer encoding other than chunked")
             return
         self._length = coding or headers.get(b"content-length")
-        if status in (204, 304):
+        if status == 204 or status == 304:
             self._length = b"0"
-        compression = headers.get(b"content-encoding", b"identity").strip().lower()
-        if compression not in (b"identity", b""):
+        if b"content-encoding" in headers and headers[b"content-encoding"].strip().lower() not in (b"identity", b""):
             self._refuse(exchange, "sent a compressed answer, although only uncompressed ones are accepted")
             return
         self._progress = True

@@ -32,8 +32,8 @@ from hyperframe.frame import Frame, GoAwayFrame
 from gateway.deadlines import Deadlines
 from gateway.errors import GatewayError, UpstreamIncomplete, UpstreamMalformed, UpstreamUnreachable
 from gateway.upstreams.config import Limits, Timeouts
-from gateway.upstreams.http1 import Connection, ConnectionClosedEarly, Exchange
-from gateway.upstreams.transport import KEEP_ALIVE_S, Origin, Transport
+from gateway.upstreams.http1 import Connection, ConnectionClosedEarly, Exchange, first_values
+from gateway.upstreams.transport import KEEP_ALIVE_S, NO_ANSWER, Origin, Transport
 
 MAX_STREAMS = 100
 """Exchanges on one socket, if the server allows as many; more open another."""
@@ -88,21 +88,14 @@ class Http2Transport(Transport):
         """How many answers are being read."""
         return super().active_exchanges + self._fallback.active_exchanges
 
-    async def send(
-        self, head: bytes, body: bytes, *, streamed: bool = False, timeouts: Timeouts | None = None
+    async def call(
+        self, head: bytes, body: bytes, timeouts: Timeouts | None = None, phase: str = NO_ANSWER, *, whole: bool = True
     ) -> Exchange:
-        """See `Transport.send`."""
-        if not self._speaks_http1:
-            with suppress(_SpeaksHttp1):
-                return await super().send(head, body, streamed=streamed, timeouts=timeouts)
-        return await self._fallback.send(head, body, streamed=streamed, timeouts=timeouts)
-
-    async def call(self, head: bytes, body: bytes) -> tuple[Exchange, bytes | None]:
         """See `Transport.call`."""
         if not self._speaks_http1:
             with suppress(_SpeaksHttp1):
-                return await super().call(head, body)
-        return await self._fallback.call(head, body)
+                return await super().call(head, body, timeouts, phase, whole=whole)
+        return await self._fallback.call(head, body, timeouts, phase, whole=whole)
 
     async def upload(self, head: bytes, body: AsyncGenerator[bytes, None], *, chunked: bool) -> Exchange:
         """See `Transport.upload`; by HTTP/1.1, on a connection of its own."""
@@ -482,19 +475,15 @@ class Http2Stream:
         if exchange is None or exchange.head_complete:
             return
         exchange.answered = True
-        status = 0
-        for name, value in headers:
-            if name == b":status":
-                status = int(value) if value.isdigit() else 0
-            elif name not in exchange.headers:
-                exchange.headers[name] = value
-            elif name == b"content-encoding":
-                exchange.headers[name] = b"given twice"
+        exchange.headers = first_values(headers)
+        given = exchange.headers.get(b":status", b"")
+        status = int(given) if given.isdigit() else 0
         compression = exchange.headers.get(b"content-encoding", b"identity").strip().lower()
         if compression not in (b"identity", b""):
             self.fail("sent a compressed answer, although only uncompressed ones are accepted")
             return
         exchange.received_head(status, True)
+        exchange.progressed()
 
     def received(self, data: bytes, size: int) -> None:
         """Take bytes of the body; ``size`` is what they cost of the window."""
@@ -502,6 +491,7 @@ class Http2Stream:
         exchange = self._exchange
         if exchange is not None and not exchange.complete and data:
             exchange.received(data)
+            exchange.progressed()
         if exchange is None or not exchange.paused:
             self.resume()
 

@@ -48,14 +48,8 @@ class ByteTarget(Protocol):
 
 def shown_headers(headers: Mapping[bytes, bytes]) -> tuple[tuple[bytes, bytes], ...]:
     """Return the upstream's ids and limits under names that cannot be taken for the gateway's own."""
-    shown = []
-    for name, value in headers.items():
-        if name.startswith(_RATE_LIMIT):
-            new = b"x-upstream-" + name.removeprefix(b"x-")
-        elif name in _SHOWN:
-            new = _SHOWN[name]
-        else:
-            continue
-        if _VALUE.fullmatch(value):
-            shown.append((new, value))
-    return tuple(shown)
+    shown = [(_SHOWN[name], headers[name]) for name in _SHOWN.keys() & headers.keys()]
+    if _RATE_LIMIT in b"\n".join(headers):
+        limits = [name for name in headers if name.startswith(_RATE_LIMIT)]
+        shown += [(b"x-upstream-" + name.removeprefix(b"x-"), headers[name]) for name in limits]
+    return tuple([field for field in shown if _VALUE.fullmatch(field[1])])

@@ -27,7 +27,7 @@ STALE_S = 1.0  # no server closes a connection that was idle for less because it
 
 _ON_DEMAND = " within {:g} s. If it loads models on demand, raise timeouts.first_byte_s of this upstream."
 _NO_EVENT = "sent no first event" + _ON_DEMAND
-_NO_ANSWER = "sent no answer" + _ON_DEMAND
+NO_ANSWER = "sent no answer" + _ON_DEMAND
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +79,17 @@ class Transport:
 
         Raises `UpstreamUnreachable`, `UpstreamTimeout`, `UpstreamMalformed` or `UpstreamIncomplete`.
         """
-        exchange, _ = await self._send(head, body, timeouts or self._timeouts, _NO_EVENT if streamed else _NO_ANSWER)
-        return exchange
+        return await self.call(head, body, timeouts, _NO_EVENT if streamed else NO_ANSWER, whole=False)
 
-    async def call(self, head: bytes, body: bytes) -> tuple[Exchange, bytes | None]:
-        """Send one request; return with the whole body of a 2xx answer, else as `send`."""
-        return await self._send(head, body, self._timeouts, _NO_ANSWER, whole=True)
-
-    async def _send(
-        self, head: bytes, body: bytes, timeouts: Timeouts, phase: str, *, whole: bool = False
-    ) -> tuple[Exchange, bytes | None]:
-        loop = asyncio.get_running_loop()
-        total_at = loop.time() + timeouts.total_s
+    async def call(
+        self, head: bytes, body: bytes, timeouts: Timeouts | None = None, phase: str = NO_ANSWER, *, whole: bool = True
+    ) -> Exchange:
+        """Send one request; return with the whole body of a 2xx answer, for `Exchange.body`, else as `send`."""
+        loop, timeouts = asyncio.get_running_loop(), timeouts or self._timeouts
+        now = loop.time()
+        total_at = now + timeouts.total_s
         connection = self._take() if loop is self._loop else None
-        stale = connection is not None and loop.time() - connection.idle_since >= STALE_S
+        stale = connection is not None and now - connection.idle_since >= STALE_S
         while True:
             if connection is None:
                 connection = await self._connect(loop, timeouts.connect_s)
@@ -101,10 +98,8 @@ class Transport:
             try:
                 exchange.expect(timeouts.first_byte_s, phase)
                 connection.begin(exchange, head, body)
-                if whole:
-                    return exchange, await exchange.whole()
-                await exchange.head()
-                return exchange, None
+                await (exchange.whole() if whole else exchange.head())
+                return exchange
             except ConnectionClosedEarly as error:
                 exchange.close()
                 if not stale:
