@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from gateway.chunks import Chunk
 from gateway.errors import GatewayError
 from gateway.upstreams.config import UpstreamConfig
 from gateway.upstreams.status import UpstreamStatus
@@ -15,8 +16,8 @@ from gateway.upstreams.status import UpstreamStatus
 class FakeStream:
     """A streamed answer: ``first``, then what `read` finds in ``rest``."""
 
-    first: list[bytes]
-    rest: Sequence[GatewayError | list[bytes]]
+    first: list[Chunk]
+    rest: Sequence[GatewayError | list[Chunk]]
 
     async def __aenter__(self) -> FakeStream:
         return self
@@ -24,13 +25,13 @@ class FakeStream:
     async def __aexit__(self, *_: object) -> None:
         return None
 
-    async def read(self) -> list[bytes]:
+    async def read(self) -> list[Chunk]:
         step, *self.rest = self.rest
         if isinstance(step, GatewayError):
             raise step
         return step
 
-    async def pipe(self, take: Callable[[list[bytes]], bool | None]) -> None:
+    async def pipe(self, take: Callable[[list[Chunk]], bool | None]) -> None:
         while events := await self.read():
             take(events)
 
@@ -67,16 +68,16 @@ class FakeServer:
 
     async def start(self, path: str, body: bytes, **options: Any) -> FakeStream:
         self._next(body)
-        rest: list[GatewayError | list[bytes]] = [[b"end"], []]
-        return FakeStream([self.name.encode()], [self.fails_after_first] if self.fails_after_first else rest)
+        rest: list[GatewayError | list[Chunk]] = [[Chunk(b"end")], []]
+        return FakeStream([Chunk(self.name.encode())], [self.fails_after_first] if self.fails_after_first else rest)
 
     async def stream(self, path: str, body: bytes, **options: Any) -> AsyncGenerator[bytes, None]:
         async with await self.start(path, body) as stream:
-            events = stream.first
-            while events:
-                for data in events:
-                    yield data
-                events = await stream.read()
+            chunks = stream.first
+            while chunks:
+                for chunk in chunks:
+                    yield chunk.data
+                chunks = await stream.read()
 
     async def chat(self, body: bytes, **options: Any) -> bytes:
         return await self.post("/chat/completions", body)

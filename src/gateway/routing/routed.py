@@ -229,11 +229,11 @@ class RoutedUpstream:
     ) -> AsyncGenerator[bytes, None]:
         """Yield the payload of each event as it comes."""
         async with await self.start(path, body, request_id=request_id, headers=headers, on_head=on_head) as stream:
-            events = stream.first
-            while events:
-                for data in events:
-                    yield data
-                events = await stream.read()
+            chunks = stream.first
+            while chunks:
+                for chunk in chunks:
+                    yield chunk.data
+                chunks = await stream.read()
 
     async def chat(
         self, body: bytes, *, request_id: str | None = None, headers: Mapping[str, str] | None = None

@@ -6,6 +6,8 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
+from gateway.chunks import Chunk
+
 OnHead = Callable[[int, Mapping[bytes, bytes]], None]
 """Is told status and headers of a successful answer before its first byte."""
 
@@ -66,8 +68,8 @@ class TargetStream(Protocol):
     """A streamed answer that has begun; ``async with`` it. ``first`` are the events that came first."""
 
     @property
-    def first(self) -> list[bytes]:
-        """The payloads of the first events; empty where the answer ended without any."""
+    def first(self) -> list[Chunk]:
+        """The first events; empty where the answer ended without any."""
         ...
 
     async def __aenter__(self) -> TargetStream: ...
@@ -76,11 +78,11 @@ class TargetStream(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    async def read(self) -> list[bytes]:
+    async def read(self) -> list[Chunk]:
         """Return the next events; an empty list is the proper end."""
         ...
 
-    async def pipe(self, take: Callable[[list[bytes]], bool | None]) -> None:
+    async def pipe(self, take: Callable[[list[Chunk]], bool | None]) -> None:
         """Hand all further events to ``take``; when it returns False, nothing more comes until `release`."""
         ...
 

@@ -7,14 +7,14 @@ in and keys that no client knows out.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Raw, Struct
 
 from gateway.chat import STREAMED_PATHS, RelayRequest, decode_value
+from gateway.chunks import Choice, Chunk, Frame
 from gateway.errors import GatewayError, UpstreamMalformed
 from gateway.events import RelayedBody, RelayedChunk, RelayedHead, RelayEnded, Routed, RunEvent, Usage
 from gateway.observability.traces import OUTPUT_MESSAGES, current_span
@@ -83,9 +83,9 @@ class RelayExecutor(DirectExecutor):
         body = self._body(request, streamed=True)
         cutter = _ChunkCutter(run.model, upstream.name, self._keys, request.include_usage)
 
-        def take(events: list[bytes]) -> bool:
-            chunks = [chunk for data in events if (chunk := cutter.cut(data)) is not None]
-            return outlet.push(chunks) if chunks else True
+        def take(chunks: list[Chunk]) -> bool:
+            cut = [data for chunk in chunks if (data := cutter.cut(chunk)) is not None]
+            return outlet.push(cut) if cut else True
 
         try:
             started = await upstream.start(request.path, body, request_id=run.request_id, on_head=_keep_in(heads))
@@ -118,17 +118,21 @@ class RelayExecutor(DirectExecutor):
         cutter = _ChunkCutter(run.model, upstream.name, self._keys, request.include_usage)
         body = self._body(request, streamed=True)
         try:
-            chunks = upstream.stream(request.path, body, request_id=run.request_id, on_head=_keep_in(heads))
-            async with aclosing(chunks):
-                async for data in chunks:
-                    chunk = cutter.cut(data)
-                    if chunk is not None:
+            started = await upstream.start(request.path, body, request_id=run.request_id, on_head=_keep_in(heads))
+            async with started as stream:
+                chunks = stream.first
+                while chunks:
+                    for chunk in chunks:
+                        data = cutter.cut(chunk)
+                        if data is None:
+                            continue
                         if heads:
                             if (routed := _decision(upstream)) is not None:
                                 yield routed
                             yield heads[-1]
                             heads.clear()
-                        yield RelayedChunk(chunk)
+                        yield RelayedChunk(data)
+                    chunks = await stream.read()
         except GatewayError as error:
             error.is_relayed = True
             raise
@@ -229,11 +233,6 @@ class _End(Struct):
     finish_reason: str | None = None
 
 
-class _Choice(_End):
-    delta: _Content | None = None
-    text: Any = None
-
-
 class _WholeChoice(Struct):
     message: _Content | None = None
     text: Any = None
@@ -241,7 +240,7 @@ class _WholeChoice(Struct):
 
 _NULL = Raw(b"null")
 _TOKENS = msgspec.json.Decoder(_Tokens | None)
-_CHOICES = msgspec.json.Decoder(list[_Choice] | None)
+_CHOICES = msgspec.json.Decoder(list[Choice] | None)
 _WHOLE_CHOICES = msgspec.json.Decoder(list[_WholeChoice] | None)
 _ENDS = msgspec.json.Decoder(list[_End] | None)
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
@@ -257,7 +256,10 @@ class _ChunkCutter:
         self._include_usage = include_usage
         self._usage_sent = False
         self._raw_usage: Raw | None = None
-        self._frame: dict[str, Raw] = {}
+        self._first: dict[str, Raw] = {}
+        self._frame: Frame | None = None
+        self._head = b""
+        self._tail = b',"usage":null}' if include_usage else b"}"
         self._text_chars = 0
         span = current_span()
         self.texts: list[str] | None = [] if span is not None and span.with_content else None
@@ -268,12 +270,44 @@ class _ChunkCutter:
         """Return the upstream's own numbers, or an estimate where it gave none."""
         return _usage(self._raw_usage) or estimate_usage(request_bytes, self._text_chars)
 
-    def cut(self, data: bytes) -> bytes | None:
+    def cut(self, chunk: Chunk) -> bytes | None:
         """Return the chunk to send, or None for one that only carries what the client did not ask for."""
-        fields = _decode_fields(data, self._upstream)
-        keys = self._keys
-        if not fields.keys() <= keys:
-            fields = {name: raw for name, raw in fields.items() if name in keys}
+        frame = chunk.frame
+        if frame is None:
+            return self._cut_whole(chunk.data)
+        if frame is not self._frame:
+            self._frame, self._head = frame, self._cut_head(frame)
+        self._note(chunk.choices)
+        return self._head + chunk.data[len(frame.head) : chunk.end] + chunk.padding + self._tail
+
+    def _cut_head(self, frame: Frame) -> bytes:
+        fields = self._presentable(frame.fields)
+        fields["model"] = self._model
+        self._remember(fields)
+        return msgspec.json.encode(fields)[:-1] + b',"choices":'
+
+    def _presentable(self, fields: Mapping[str, Raw]) -> dict[str, Raw]:
+        return {name: raw for name, raw in fields.items() if name in self._keys}
+
+    def _remember(self, fields: Mapping[str, Raw]) -> None:
+        """Keep what a usage chunk of our own begins with."""
+        if self._include_usage and not self._first:
+            self._first = {name: Raw(bytes(fields[name])) for name in ("id", "object", "created") if name in fields}
+
+    def _note(self, choices: Iterable[Choice]) -> None:
+        self.began = True
+        for choice in choices:
+            delta = choice.delta
+            text = choice.text if delta is None else delta.content
+            if text.__class__ is str:
+                self._text_chars += len(text)
+                if self.texts is not None:
+                    self.texts.append(text)
+            if choice.finish_reason:
+                self.finish_reason = choice.finish_reason
+
+    def _cut_whole(self, data: bytes) -> bytes | None:
+        fields = self._presentable(_decode_fields(data, self._upstream))
         usage = fields.pop("usage", None)
         if usage is not None and bytes(usage) != b"null":
             self._raw_usage = Raw(bytes(usage))
@@ -297,32 +331,22 @@ class _ChunkCutter:
                 # A frame that is no chunk at all (a server's own ping or status).
                 return None
         else:
-            self.began = True
-            for choice in choices:
-                part = choice.delta
-                text = choice.text if part is None else part.content
-                if text.__class__ is str:
-                    self._text_chars += len(text)
-                    if self.texts is not None:
-                        self.texts.append(text)
-                if choice.finish_reason:
-                    self.finish_reason = choice.finish_reason
+            self._note(choices)
+        self._remember(fields)
         if self._include_usage:
             fields["usage"] = _NULL
-            if not self._frame:
-                self._frame = {name: Raw(bytes(fields[name])) for name in ("id", "object", "created") if name in fields}
         return msgspec.json.encode(fields)
 
     def usage_chunk(self) -> bytes | None:
         """Return the usage chunk that was asked for where the upstream put its numbers elsewhere."""
         if not self._include_usage or self._usage_sent or self._raw_usage is None:
             return None
-        return msgspec.json.encode({**self._frame, "model": self._model, "choices": [], "usage": self._raw_usage})
+        return msgspec.json.encode({**self._first, "model": self._model, "choices": [], "usage": self._raw_usage})
 
 
-def _ends(raw_choices: Raw) -> list[_Choice]:
+def _ends(raw_choices: Raw) -> list[Choice]:
     """Return how choices of an unusual shape ended; their text counts for nothing."""
-    return [_Choice(end.finish_reason) for end in _ENDS.decode(raw_choices) or ()]
+    return [Choice(finish_reason=end.finish_reason) for end in _ENDS.decode(raw_choices) or ()]
 
 
 def _characters_of(raw_choices: Raw) -> int:

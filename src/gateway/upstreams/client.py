@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from gateway.chat import CHAT_PATH
+from gateway.chunks import Chunk
 from gateway.errors import AgentMisconfigured, ConfigError, GatewayError, UpstreamMalformed, UpstreamRejected
 from gateway.observability.logs import log_event
 from gateway.observability.traces import current_span
@@ -123,11 +124,11 @@ class Upstream(ABC):
         """Yield the payload of each event as it comes; ``[DONE]`` is consumed. Closing it closes the socket at once."""
         stream = await self.start(path, body, request_id=request_id, headers=headers, on_head=on_head)
         async with stream:
-            events = stream.first
-            while events:
-                for data in events:
-                    yield data
-                events = await stream.read()
+            chunks = stream.first
+            while chunks:
+                for chunk in chunks:
+                    yield chunk.data
+                chunks = await stream.read()
 
     async def start(
         self,
@@ -265,7 +266,7 @@ class UpstreamStream:
     __slots__ = ("_error", "_judge", "_path", "_started", "_upstream", "finished", "first", "source")
 
     def __init__(self, upstream: Upstream, path: str, judge: Judge) -> None:
-        self.first: list[bytes] = []
+        self.first: list[Chunk] = []
         self.finished = False
         self.source: EventSource | None = None
         self._upstream, self._path, self._judge = upstream, path, judge
@@ -288,7 +289,7 @@ class UpstreamStream:
             self.source.close(drain=self.finished)
         self._upstream.record(status, self._started)
 
-    async def read(self) -> list[bytes]:
+    async def read(self) -> list[Chunk]:
         """Return the next events; an empty list is the proper end."""
         while not self.finished:
             if self._error is not None:
@@ -297,17 +298,17 @@ class UpstreamStream:
             events = await self.source.read()
             if not events:
                 self.finished = True
-            elif events := self._judged(events):
-                return events
+            elif chunks := self._judged(events):
+                return chunks
         self._judge.end()
         return []
 
-    async def pipe(self, take: Take) -> None:
+    async def pipe(self, take: Callable[[list[Chunk]], bool | None]) -> None:
         """Hand all further events to ``take`` as `EventSource.pipe` does; return at the proper end."""
 
         def judged(events: list[bytes]) -> bool | None:
-            events = self._judged(events)
-            more = take(events) if events else True
+            chunks = self._judged(events)
+            more = take(chunks) if chunks else True
             if self._error is not None:
                 raise self._error
             return None if self.finished else more
@@ -325,21 +326,21 @@ class UpstreamStream:
         if self.source is not None:
             self.source.release()
 
-    def _judged(self, events: list[bytes]) -> list[bytes]:
+    def _judged(self, events: list[bytes]) -> list[Chunk]:
         """Return the good events up to the end; what is wrong is raised once they are out."""
-        judge = self._judge
-        for index, data in enumerate(events):
+        chunks: list[Chunk] = []
+        for data in events:
             if data == _DONE:
                 self.finished = True
-                return events[:index]
+                break
             try:
-                judge.event(data)
+                chunks.append(self._judge.event(data))
             except GatewayError as error:
-                if not index:
+                if not chunks:
                     raise
                 self._error = error
-                return events[:index]
-        return events
+                break
+        return chunks
 
 
 class HttpUpstream(Upstream):
@@ -581,11 +582,13 @@ class _HttpEvents:
 
         def received(piece: bytes) -> bool:
             events = self._parsed(piece)
-            more = take(events) if events else True
-            if more is False:
+            if not events:
+                return True
+            more = take(events)
+            if more:
+                exchange.renew()
+            elif more is False:
                 exchange.hold()
-            elif events:
-                self._expect()
             return more is not None
 
         self._expect()

@@ -1,13 +1,20 @@
-"""Whether an upstream's answer is a finished answer: the one place where a cut or empty one stops being a success."""
+"""Whether an upstream's answer is a finished answer: the one place where a cut or empty one stops being a success.
+
+The chunks of a chat stream differ in their ``choices`` alone. What stands before those is read once (`Frame`); of a
+chunk that begins with the same bytes only the choices are read, provided that nothing but them is left of it.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import msgspec
 from msgspec import Raw, Struct
 
 from gateway.chat import CHAT_PATH, COMPLETIONS_PATH, EMBEDDINGS_PATH
+from gateway.chunks import Choice, Chunk, Frame
 from gateway.errors import GatewayError, UpstreamIncomplete, UpstreamMalformed
 from gateway.upstreams.failures import failure_of_object
 
@@ -21,8 +28,8 @@ class Judge(Protocol):
         """Judge a whole answer."""
         ...
 
-    def event(self, data: bytes) -> None:
-        """Judge the next event of a stream."""
+    def event(self, data: bytes) -> Chunk:
+        """Judge the next event of a stream; return what was read of it."""
         ...
 
     def end(self) -> None:
@@ -48,9 +55,10 @@ class JsonJudge:
         if _is_error(answer.error):
             raise self._said(answer.error)
 
-    def event(self, data: bytes) -> None:
+    def event(self, data: bytes) -> Chunk:
         """Judge the next event."""
         self.body(data)
+        return Chunk(data)
 
     def end(self) -> None:
         """Judge the end."""
@@ -94,6 +102,7 @@ class ChatJudge(JsonJudge):
         super().__init__(upstream, secrets)
         self._open: set[int] = set()
         self._finished: set[int] = set()
+        self._frame: Frame | None = None
 
     def body(self, data: bytes) -> None:
         """Judge a whole answer."""
@@ -110,12 +119,43 @@ class ChatJudge(JsonJudge):
             if not choice.finish_reason:
                 raise self._cut("sent an answer without a finish_reason, so it may be cut")
 
-    def event(self, data: bytes) -> None:
+    def event(self, data: bytes) -> Chunk:
         """Judge the next event."""
-        chunk = self._decode(_CHUNK, data)
-        if _is_error(chunk.error):
-            raise self._said(chunk.error)
-        for choice in chunk.choices or ():
+        chunk = self._framed(data)
+        if chunk is not None:
+            self._note(chunk.choices)
+            return chunk
+        whole = self._decode(_CHUNK, data)
+        if _is_error(whole.error):
+            raise self._said(whole.error)
+        if whole.choices:
+            self._note(whole.choices)
+            if self._frame is None or not data.startswith(self._frame.head):
+                self._frame = _frame_of(data)
+        return Chunk(data)
+
+    def _framed(self, data: bytes) -> Chunk | None:
+        """Return the chunk if it is the present frame with other choices in it."""
+        frame = self._frame
+        if frame is None or not data.startswith(frame.head):
+            return None
+        end, padding = data.rfind(b"]") + 1, b""
+        if end != len(data) - 1 or not data.endswith(b"}"):
+            tail = _TAIL.fullmatch(data, end)
+            if tail is None:
+                return None
+            padding = tail[1] or b""
+        try:
+            if not data.isascii():
+                data.decode()
+            # One list and nothing after it: further keys would make this invalid.
+            choices = _CHOICES.decode(data[len(frame.head) : end])
+        except (UnicodeDecodeError, msgspec.DecodeError, RecursionError):
+            return None
+        return Chunk(data, frame, choices, end, padding) if choices else None
+
+    def _note(self, choices: Sequence[Choice | _ChunkChoice]) -> None:
+        for choice in choices:
             if choice.finish_reason:
                 self._finished.add(choice.index)
                 self._open.discard(choice.index)
@@ -170,7 +210,7 @@ class ResponsesJudge(JsonJudge):
         if answer.status == "cancelled":
             raise self._cut("cancelled its answer")
 
-    def event(self, data: bytes) -> None:
+    def event(self, data: bytes) -> Chunk:
         """Judge the next event."""
         event = self._decode(_RESPONSE_EVENT, data)
         if event.type in ("response.completed", "response.incomplete"):
@@ -181,6 +221,7 @@ class ResponsesJudge(JsonJudge):
             raise self._said(event.error if _is_error(event.error) else Raw(data))
         elif not event.type and _is_error(event.error):
             raise self._said(event.error)
+        return Chunk(data)
 
     def end(self) -> None:
         """Judge the end."""
@@ -189,6 +230,9 @@ class ResponsesJudge(JsonJudge):
 
 
 _NULL = Raw(b"null")
+_BEFORE_CHOICES = b'"choices":'
+_TAIL = re.compile(rb'(?:, ?"usage": ?null)?(, ?"obfuscation": ?"[0-9A-Za-z+/=_-]*")?}')
+_UNFRAMED = frozenset({"error", "usage", "obfuscation"})
 
 
 _JUDGES: dict[str, type[JsonJudge]] = {
@@ -245,6 +289,8 @@ _ANSWER = msgspec.json.Decoder(_Answer)
 _CHAT = msgspec.json.Decoder(_Chat)
 _EMBEDDINGS = msgspec.json.Decoder(_Embeddings)
 _CHUNK = msgspec.json.Decoder(_Chunk)
+_CHOICES = msgspec.json.Decoder(list[Choice])
+_FIELDS = msgspec.json.Decoder(dict[str, Raw])
 _RESPONSE = msgspec.json.Decoder(_Response)
 _RESPONSE_EVENT = msgspec.json.Decoder(_ResponseEvent)
 
@@ -252,3 +298,18 @@ _RESPONSE_EVENT = msgspec.json.Decoder(_ResponseEvent)
 def _is_error(error: Raw) -> bool:
     """Clients take any truthy ``error`` for one, so the same goes here."""
     return error is not _NULL and bytes(error) not in (b"null", b"false", b"{}", b'""', b"0", b"[]")
+
+
+def _frame_of(data: bytes) -> Frame | None:
+    """Return what stands before the choices of a judged chunk; None where other keys must be looked at each time."""
+    at = data.find(_BEFORE_CHOICES)
+    if at < 0:
+        return None
+    head = data[: at + len(_BEFORE_CHOICES)]
+    try:
+        # Valid with a value and the end after it: then it is neither in a string nor in an inner object.
+        fields = _FIELDS.decode(head + b"null}")
+    except msgspec.DecodeError:
+        return None
+    del fields["choices"]
+    return Frame(head, fields) if _UNFRAMED.isdisjoint(fields) else None
