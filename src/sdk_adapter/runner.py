@@ -21,7 +21,6 @@ from sdk_adapter.failures import mark_inner
 from sdk_adapter.identities import quick_identities
 from sdk_adapter.instrument import is_default_provider
 from sdk_adapter.models import PLACEHOLDER_MODEL, GatewayProvider
-from sdk_adapter.queues import lighten
 from sdk_adapter.scope import Level, current_level, enter_level
 from sdk_adapter.services import AdapterServices
 from sdk_adapter.stopping import StoppingRunner
@@ -58,7 +57,7 @@ class GatewayRunner(StoppingRunner):
         """See ``Runner.run_streamed``; the tasks it starts inherit the level."""
         level, agent, arguments = self._prepare(starting_agent, input, kwargs)
         with enter_level(level) if level is not None else nullcontext():
-            return lighten(super().run_streamed(agent, input, **arguments))
+            return super().run_streamed(agent, input, **arguments)
 
     def _prepare(
         self, agent: Agent[Any], input: Any, kwargs: dict[str, Any]
