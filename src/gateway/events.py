@@ -136,12 +136,14 @@ class RunFinished(Struct, frozen=True):
 class RelayedHead(Struct, frozen=True):
     """A raw upstream model has begun to answer; comes before anything else of a relayed run.
 
-    ``headers`` are for the client (``x-upstream-…``). ``status`` and ``content_type`` count where the answer is bytes.
+    ``headers`` are for the client (``x-upstream-…``). The rest counts where the answer is bytes: ``usage`` is what it
+    used, where that is known this early.
     """
 
     headers: tuple[tuple[bytes, bytes], ...] = ()
     status: int = 200
     content_type: bytes | None = None
+    usage: Usage | None = None
 
 
 class RelayedChunk(Struct, frozen=True):

@@ -21,7 +21,9 @@ from gateway.routing.routed import RoutedUpstream
 from gateway.routing.targets import Target
 from gateway.run import Run
 from gateway.snapshot import Snapshot
+from gateway.upstreams.relaying import ByteTarget
 from gateway.usage.estimate import CHARACTERS_PER_TOKEN
+from gateway.usage.measures import Asked
 from gateway.usage.meter import Meter
 
 MOST_INPUT_TOKENS = 200_000
@@ -45,6 +47,22 @@ async def reserve(run: Run, request_bytes: int, limiter: Limiter, snapshot: Snap
     return msgspec.structs.replace(run, reservation=reservation)
 
 
+async def reserve_relay(
+    run: Run, upstream: ByteTarget, name: str | None, asked: Asked, limiter: Limiter, snapshot: Snapshot
+) -> Run:
+    """Return a run that is relayed as bytes with its reservation, as `reserve` does; ``name`` is the upstream's model.
+
+    What its upstream will count in tokens is not known before; its cost by pictures, characters or minutes is.
+    """
+    estimate = NOTHING
+    if name is not None and limiter.weighs(run.principal, run.end_user):
+        most, meter = asked.most(), snapshot.meter
+        costs = [meter.most_measured(by, model, most) for by, model in candidates(upstream, name)]
+        estimate = Estimate(0, nanodollars_of_pico(max(costs, default=0)), asked.is_promised)
+    reservation = await limiter.admit(run.principal, end_user=run.end_user, estimate=estimate)
+    return msgspec.structs.replace(run, reservation=reservation)
+
+
 def worst_case(
     meter: Meter, served_by: Iterable[tuple[str, str]], request_bytes: int, output_tokens: int, *, is_promised: bool
 ) -> Estimate:
@@ -54,7 +72,7 @@ def worst_case(
     return Estimate(read + output_tokens, nanodollars_of_pico(cost), is_promised)
 
 
-def candidates(target: Target, model: str) -> list[tuple[str, str]]:
+def candidates(target: Target | ByteTarget, model: str) -> list[tuple[str, str]]:
     """Return every upstream and model that may answer a call of ``model`` at ``target``."""
     if not isinstance(target, RoutedUpstream):
         return [(target.name, model)]

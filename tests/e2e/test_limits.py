@@ -26,8 +26,13 @@ from tests.support.server import Gateway, running_gateway
 from tests.support.waiting import wait_for
 from tests.unit.test_limit_stores import REDIS_URL
 
-PRICES = "version: 1\nmodels: [{match: 'local/*', input: 0, output: 1000}]\n"  # a tenth of a cent for one token
-UPSTREAMS = "version: 1\nupstreams: [{{name: local, base_url: {url}, models: [m, e], default_model: m}}]\n"
+PRICES = """\
+version: 1
+models:
+  - {match: local/pictures, image: 0.04}
+  - {match: 'local/*', input: 0, output: 1000} # a tenth of a cent for one token
+"""
+UPSTREAMS = "version: 1\nupstreams: [{{name: local, base_url: {url}, models: [m, e, pictures], default_model: m}}]\n"
 TWENTY = {"prompt_tokens": 5, "completion_tokens": 20, "total_tokens": 25}
 
 
@@ -73,6 +78,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gateway, S
         one="limits: {concurrent_runs: 1}",
         poor=cent,
         cut=cent,
+        painter=cent,
         agent=cent,
         nested="limits: {cost_per_day_usd: 0.05}",
         tokens="limits: {tokens_per_minute: 60}",
@@ -179,6 +185,21 @@ def test_who_leaves_in_the_middle_holds_nothing_and_pays_what_came(house: House)
     upstream.enqueue(Answer(text="ok", usage=TWENTY))
     wait_for(lambda: ask(gateway, "cut", max_tokens=60).status == 200, what="the reservation is settled")
     gate.open()
+
+
+def test_pictures_are_reserved_by_their_price(house: House) -> None:
+    gateway, upstream = house
+    path, model, before = "/v1/images/generations", "local/pictures", len(upstream.requests)
+    assert ask(gateway, "painter", model=model, path=path, n=3).error["code"] == "insufficient_quota"
+    assert len(upstream.requests) == before
+    upstream.enqueue(Answer(body={"created": 1, "data": [{"url": "https://a/b"}]}))
+    assert ask(gateway, "painter", model=model, path=path, n=2).headers["x-gateway-cost-usd"] == "0.04"
+    upstream.enqueue(Answer(body={"error": {"message": "no"}}))
+    assert ask(gateway, "painter", model=model, path=path).status == 502, "a call that failed costs nothing"
+    assert ask(gateway, "painter", model=model, path=path, n=2).status == 429
+    upstream.enqueue(Answer(body={"created": 1, "data": [{"url": "https://a/b"}]}))
+    assert ask(gateway, "painter", model=model, path=path).status == 200
+    assert ask(gateway, "painter", model=model, path=path).status == 429
 
 
 def test_a_budget_reserves_the_worst_case_and_keeps_what_was_used(house: House) -> None:

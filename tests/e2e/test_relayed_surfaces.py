@@ -6,7 +6,7 @@ import hashlib
 import json
 import socket
 from collections.abc import Callable, Iterator
-from http.client import HTTPConnection
+from http.client import HTTPConnection, IncompleteRead
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 from openai import OpenAI
 
 from tests.support.house import ADMIN, CHAT, NARROW, UPSTREAM_KEY, write_agent
-from tests.support.scripted_answers import LAST, STREAM_HEAD, Answer, frame, sse
+from tests.support.scripted_answers import LAST, STREAM_HEAD, Answer, dump, frame, sse, whole
 from tests.support.scripted_upstream import Request, ScriptedUpstream
 from tests.support.server import Gateway, running_gateway
 from tests.support.waiting import wait_for
@@ -333,6 +333,53 @@ def test_an_event_stream_that_is_cut_says_so(gate: Gateway, server: ScriptedUpst
         events = list(stream.data())
     assert json.loads(events[0]) == event
     assert json.loads(events[-1])["error"]["code"] == "upstream_incomplete"
+
+
+ERROR = {"error": {"message": UPSTREAM_KEY}}
+PARTIAL = {"type": "image_generation.partial_image", "b64_json": "AA=="}
+HALF = b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n{"created":1'
+OPEN_HEAD = STREAM_HEAD.replace(b"transfer-encoding: chunked\r\n", b"")
+UNFINISHED: dict[str, tuple[list[Any], str]] = {
+    "an error object": ([whole(200, dump(ERROR))], "upstream_error"),
+    "nothing": ([whole(200, b"")], "upstream_malformed"),
+    "half of it": ([HALF, "close"], "upstream_malformed"),
+    "a page that says it is JSON": ([whole(200, b"<html>")], "upstream_malformed"),
+    "an error in a stream": ([STREAM_HEAD, *sse(PARTIAL, ERROR), LAST], "upstream_error"),
+    "an event of an error": ([STREAM_HEAD, *sse({"type": "error", "message": UPSTREAM_KEY}), LAST], "upstream_error"),
+    "a stream without an end": ([STREAM_HEAD, *sse(PARTIAL), LAST], "upstream_incomplete"),
+    "a stream without events": ([STREAM_HEAD, LAST], "upstream_incomplete"),
+    "half an event": ([OPEN_HEAD, b'data: {"type": "x"}\n\ndata: {"type"', "close"], "upstream_incomplete"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNFINISHED)
+def test_an_answer_that_is_not_finished_is_an_error(gate: Gateway, server: ScriptedUpstream, case: str) -> None:
+    steps, code = UNFINISHED[case]
+    server.enqueue(Answer(steps=lambda _: steps))
+    answer = gate.post("/v1/images/generations", {"model": "up/omni", "prompt": "x"})
+    events = [line for line in answer.body.split(b"\n") if line.startswith(b"data:")]
+    error = json.loads(events[-1][5:] if events else answer.body)["error"]
+    assert error["code"] == code
+    assert UPSTREAM_KEY.encode() not in answer.body
+    assert answer.status == (502 if not events else 200)
+
+
+def test_events_pass_as_they_come_however_large(gate: Gateway, server: ScriptedUpstream) -> None:
+    large = {"type": "image_generation.completed", "b64_json": "A" * 300_000}
+    text = b"".join(b"event: x\r\ndata: %b\r\n\r\n" % json.dumps(e).encode() for e in (PARTIAL, large, PARTIAL, large))
+    pieces = [text[start : start + 7_001] for start in range(0, len(text), 7_001)]
+    server.enqueue(Answer(steps=lambda _: [STREAM_HEAD, *map(frame, pieces), LAST]))
+    assert gate.post("/v1/images/generations", {"model": "up/omni", "stream": True}).body == text
+
+
+def test_a_large_json_answer_passes_and_its_end_is_looked_at(gate: Gateway, server: ScriptedUpstream) -> None:
+    body = b'{"created":1,"data":[{"b64_json":"' + b"A" * 6_000_000 + b'"}]}'
+    server.enqueue(Answer(body=body))
+    assert gate.post("/v1/images/generations", {"model": "up/omni"}).body == body
+    cut = [b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n" + body[:-9], "close"]
+    server.enqueue(Answer(steps=lambda _: cut))
+    with pytest.raises(IncompleteRead):
+        gate.post("/v1/images/generations", {"model": "up/omni"})
 
 
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/completions", "/v1/audio/speech", "/v1/moderations"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.house import ADMIN, SECURITY, write_agent
-from tests.support.scripted_answers import Answer, Call, status
+from tests.support.scripted_answers import LAST, STREAM_HEAD, Answer, Call, sse, status
 from tests.support.scripted_upstream import ScriptedUpstream
 from tests.support.server import Gateway, running_gateway
 from tests.support.waiting import wait_for
@@ -17,7 +17,10 @@ from tests.support.waiting import wait_for
 UPSTREAMS = """\
 version: 1
 upstreams:
-  - {{name: first, base_url: {first}, models: [m, plain, free, embed, 'wild-*'], default_model: m}}
+  - name: first
+    base_url: {first}
+    models: [m, plain, free, embed, 'wild-*', by-image, by-characters, by-minute, by-request]
+    default_model: m
   - {{name: second, base_url: {second}, models: [n], default_model: n, priority: 2}}
   - {{name: answers, base_url: {second}, api: responses, models: [r], default_model: r, priority: 3}}
 """
@@ -36,6 +39,10 @@ models:
   - {match: answers/*, input: 3, output: 3}
   - {match: first/embed, input: 0.02}
   - {match: first/plain*, input: 1, output: 1}
+  - {match: first/by-image, image: 0.04, images: [{size: 1024x1792, quality: hd, price: 0.12}]}
+  - {match: first/by-characters, characters: 15}
+  - {match: first/by-minute, minute: 0.006, input: 2, output: 4}
+  - {match: first/by-request, request: 0.001}
 """
 USAGE = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
 DETAILED = {
@@ -145,6 +152,86 @@ def test_embeddings(house: House) -> None:
     assert answer.status == 200, answer.body
     assert answer.headers["x-gateway-cost-usd"] == "0.000001"
     assert house.spent("first/embed", "first", "embeddings") == pytest.approx(1e-6)
+
+
+ENGLISH = "x" * 90
+PICTURES: dict[str, Any] = {"created": 1, "data": [{"b64_json": "AA=="}, {"b64_json": "AA=="}]}
+TALL = {"size": "1024x1792", "quality": "hd"}
+SUBTITLES = {"body": b"1\n00:00:00,000 --> 00:00:30,000\nHello\n", "headers": {"content-type": "text/plain"}}
+BY_TOKENS = {"type": "tokens", "input_tokens": 100, "output_tokens": 10, "total_tokens": 110}
+IN_BYTES: dict[str, tuple[str, str, dict[str, Any], Mapping[str, Any], str, bool]] = {
+    "as many pictures as came": ("by-image", "images/generations", {"n": 3}, {"body": PICTURES}, "0.08", False),
+    "as many pictures as were asked for": (
+        "by-image", "images/generations", {"n": 3}, {"body": {"created": 1}}, "0.12", True,
+    ),
+    "pictures of a kind": (
+        "by-image", "images/generations", TALL, {"body": PICTURES}, "0.24", False,
+    ),
+    "what the answer says of its kind": (
+        "by-image", "images/generations", {}, {"body": PICTURES | TALL}, "0.24", False,
+    ),
+    "characters": (
+        "by-characters", "audio/speech", {"input": "hé" * 50},
+        {"body": b"RIFF", "headers": {"content-type": "audio/wav"}}, "0.0015", True,
+    ),
+    "seconds of usage": (
+        "by-minute", "audio/transcriptions", {}, {"body": {"text": "a", "usage": {"seconds": 90}}}, "0.009", False,
+    ),
+    "tokens before seconds": (
+        "by-minute", "audio/transcriptions", {}, {"body": {"text": "a", "duration": 90, "usage": BY_TOKENS}},
+        "0.00024", False,
+    ),
+    "a duration": ("by-minute", "audio/translations", {}, {"body": {"text": "a", "duration": 30}}, "0.003", False),
+    "subtitles": ("by-minute", "audio/transcriptions", {"response_format": "srt"}, SUBTITLES, "0.003", False),
+    "a text": ("by-minute", "audio/transcriptions", {}, {"body": {"text": ENGLISH}}, "0.0006", True),
+    "requests": ("by-request", "moderations", {"input": "x"}, {"body": {"id": "m", "results": []}}, "0.001", False),
+}  # fmt: skip
+
+
+def form(fields: Mapping[str, Any]) -> bytes:
+    parts = [f'--b\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{fields[name]}\r\n' for name in fields]
+    file = '--b\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\nRIFF\r\n--b--\r\n'
+    return "".join([*parts, file]).encode()
+
+
+@pytest.mark.parametrize("case", IN_BYTES)
+def test_what_is_not_counted_in_tokens(house: House, case: str) -> None:
+    name, path, fields, says, cost, estimated = IN_BYTES[case]
+    model, operation = f"first/{name}", "other"
+    before = house.spent(model, "first", operation)
+    house.first.enqueue(Answer(**says))
+    if path.startswith("audio/tr"):
+        headers = {"content-type": "multipart/form-data; boundary=b"}
+        body = form({"model": model, **fields})
+        answer = house.gateway.request("POST", f"/v1/{path}", body=body, headers=headers)
+    else:
+        answer = house.gateway.post(f"/v1/{path}", {"model": model, **fields})
+    assert answer.status == 200, answer.body
+    log = house.finished(answer)
+    assert (log["cost_usd"], log["usage_estimated"]) == (float(cost), estimated)
+    assert house.spent(model, "first", operation) - before == pytest.approx(float(cost))
+    shown = None if "subtitles" in case else cost  # a text that is not JSON is passed on before its end
+    assert answer.headers.get("x-gateway-cost-usd") == shown
+    assert ("x-gateway-usage-estimated" in answer.headers) == estimated
+    request_id = answer.headers["x-request-id"]
+
+    def written() -> list[dict[str, Any]]:
+        rows = house.gateway.get("/usage?group_by=none&limit=20").json()["data"]
+        return [row for row in rows if row["request_id"] == request_id]
+
+    (row,) = wait_for(written, what="the row is written")
+    assert row["cost_usd"] == cost
+
+
+def test_a_stream_of_pictures_costs_what_was_finished(house: House) -> None:
+    events = [
+        {"type": "image_generation.partial_image", "b64_json": "AA=="},
+        {"type": "image_generation.completed", "b64_json": "AA=="},
+    ]
+    house.first.enqueue(Answer(steps=lambda _: [STREAM_HEAD, *sse(*events), LAST]))
+    answer = house.gateway.post("/v1/images/generations", {"model": "first/by-image", "n": 1, "stream": True})
+    assert b"image_generation.completed" in answer.body
+    assert house.finished(answer)["cost_usd"] == 0.04
 
 
 @pytest.mark.parametrize("model", ["first/free", "default/free"])

@@ -20,6 +20,7 @@ from gateway.observability.metrics import Metrics
 from gateway.principal import Principal
 from gateway.run import Run
 from gateway.usage.estimate import estimate_usage
+from gateway.usage.measures import Measured, asked_of
 from gateway.usage.meter import Meter
 from gateway.usage.prices import PriceRow, PriceTable, load_prices, reported_cost, usd
 from gateway.usage.reported import AnswerUsage
@@ -164,6 +165,23 @@ def test_what_an_answer_in_bytes_says_of_its_usage(
     assert answer.find() == usage
 
 
+def test_pictures_that_are_too_large_to_hold_are_counted() -> None:
+    answer = AnswerUsage(b"application/json")
+    body = b'{"created":1,"data":[' + b",".join([b'{"b64_json":"' + b"A" * 5_000 + b'"}'] * 4) + b"]}"
+    for start in range(0, len(body), 997):
+        answer.feed(body[start : start + 997])
+    assert answer.measured().images == 4
+
+
+def test_of_a_form_that_has_not_come_whole_the_worst_is_thought() -> None:
+    asked = asked_of("/images/edits", {}, is_whole=False)
+    assert (asked.most().images, asked.is_promised) == (10, False)
+    asked = asked_of("/images/edits", {"n": "2", "size": "1x1"}, is_whole=True)
+    assert (asked.most(), asked.is_promised) == (Measured(2, "1x1"), True)
+    asked = asked_of("/audio/transcriptions", {}, 60_000)
+    assert (asked.most(), asked.is_promised) == (Measured(milliseconds=60_000), False)
+
+
 def test_an_estimate_says_that_it_is_one() -> None:
     assert estimate_usage(400, 9) == Usage(100, 3, requests=1, estimated=True)
 
@@ -202,6 +220,8 @@ def test_the_word_of_the_upstream_counts_before_the_prices() -> None:
         ("models: [{match: a/b, input: -1}]", "input"),
         ("models: [{match: a/b, input: .nan}]", "input"),
         ("models: [{match: a/b, input: 1.0000001}]", "six decimals"),
+        ("models: [{match: a/b, image: .04, output: 1}]", "set input"),
+        ("models: [{match: a/b, images: [{size: 1x1}]}]", "price"),
         ("models: [{match: a/b, input: 1}, {match: a/b, input: 2}]", "twice"),
         ("currency: EUR", "currency"),
         ("version: 2", "version"),

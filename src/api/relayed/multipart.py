@@ -15,6 +15,8 @@ from gateway.errors import InvalidRequest
 HEADER_BYTES = 8 * 1024
 MODEL_BYTES = 512
 MOST_PARTS = 1_000
+_NOTED = {b"n", b"size", b"quality"}
+_NOTED_BYTES = 32
 
 _BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,./:=?-]{1,70}")
 _HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
@@ -39,6 +41,7 @@ class FormRewriter:
 
     ``rename`` is called once with the value of ``model`` and returns what stands there instead. ``growth`` is how many
     bytes the form has grown by then; None where only the end tells. ``model`` is None until the field has come.
+    ``noted`` are the fields that say how much is asked for, as far as they have come.
     """
 
     def __init__(self, boundary: str, rename: Callable[[str], str]) -> None:
@@ -46,6 +49,9 @@ class FormRewriter:
         self.boundary = secrets.token_hex(16) if len(boundary) < 16 else secrets.token_hex(35)[: len(boundary)]
         self.growth: int | None = 0 if len(self.boundary) == len(boundary) else None
         self.model: str | None = None
+        self.noted: dict[str, str] = {}
+        self._note: bytearray | None = None
+        self._note_name = ""
         self._rename = rename
         self._delimiter = b"\r\n--" + boundary.encode("ascii")
         self._own = b"\r\n--" + self.boundary.encode("ascii")
@@ -115,7 +121,10 @@ class FormRewriter:
             return False
         head, self._held = self._held[:end], self._held[end + 4 :]
         self._out.append(head + b"\r\n\r\n")
-        if _is_model(head):
+        name = _field_of(head)
+        if name in _NOTED:
+            self._note, self._note_name = bytearray(), name.decode()
+        if name == b"model":
             if self.model is not None:
                 raise InvalidRequest("The form has the field 'model' more than once; send it once.", param="model")
             self._value = bytearray()
@@ -132,6 +141,8 @@ class FormRewriter:
             taken, self._held = self._held[:end], self._held[end + len(self._delimiter) :]
         if self._value is None:
             self._out.append(taken)
+            if self._note is not None and len(self._note) <= _NOTED_BYTES:
+                self._note += taken[: _NOTED_BYTES + 1]
         else:
             self._value += taken
             if len(self._value) > MODEL_BYTES:
@@ -141,6 +152,10 @@ class FormRewriter:
         if self._value is not None:
             self._replace(bytes(self._value))
             self._value = None
+        if self._note is not None:
+            if len(self._note) <= _NOTED_BYTES:
+                self.noted[self._note_name] = self._note.decode("utf-8", "replace")
+            self._note = None
         self._out.append(self._own)
         self._state = self._after_delimiter
         return True
@@ -170,8 +185,8 @@ class FormRewriter:
             self.growth += len(new) - len(value)
 
 
-def _is_model(head: bytes) -> bool:
-    """Judge the headers of a part; return whether it is the field ``model``."""
+def _field_of(head: bytes) -> bytes:
+    """Judge the headers of a part; return the name of its field, b"" for a file's."""
     dispositions = []
     for line in head.split(b"\r\n"):
         found = _HEADER.fullmatch(line)
@@ -183,16 +198,16 @@ def _is_model(head: bytes) -> bool:
         raise _refused("a part has no proper Content-Disposition")
     given = [(name.lower(), quoted or token) for name, quoted, token in _PARAMETER.findall(found.group(1))]
     parameters = dict(given)
-    name = parameters.get(b"name")
+    name: bytes | None = parameters.get(b"name")
     if len(parameters) != len(given) or name is None or b"name*" in parameters or b"\\" in name:
         raise _refused("a part has no proper name")
     if name == b"model":
         if parameters.keys() != {b"name"}:
             raise InvalidRequest("The field 'model' must be plain text.", param="model")
-        return True
+        return name
     if name.strip().rstrip(b"[]").lower() == b"model":
         raise _refused(f"a field is called '{name.decode('latin-1')[:32]}'; write 'model'")
-    return False
+    return name if parameters.keys() == {b"name"} else b""
 
 
 def _refused(why: str) -> InvalidRequest:

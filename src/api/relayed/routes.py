@@ -8,11 +8,11 @@ import re
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from api.chat_completions.encoder import encode_error, limit_headers
+from api.chat_completions.encoder import encode_error, limit_headers, spending_headers
 from api.chat_completions.routes import serve_model_call
 from api.dependencies import read_body
 from api.errors import public
@@ -20,13 +20,14 @@ from api.relayed.multipart import FormRewriter, find_boundary
 from api.relayed.upload import Upload
 from api.routing import Handler, Headers, Request, Response
 from api.sse import STALL_S, ClientGone, Connection
-from gateway.chat import COMPLETIONS_PATH, EMBEDDINGS_PATH, decode_body, decode_model
+from gateway.chat import COMPLETIONS_PATH, EMBEDDINGS_PATH, decode_body, decode_model, decode_value
 from gateway.errors import GatewayError, InvalidRequest
 from gateway.events import RelayedChunk, RelayedHead, RelayEnded, RunEvent
 from gateway.observability.logs import log_event
-from gateway.reserving import reserve
+from gateway.reserving import reserve_relay
 from gateway.runs.byte_relay import ByteRelayExecutor, Destination, byte_run, choose_destination
 from gateway.upstreams.relaying import ByteRequest
+from gateway.usage.measures import ASKED_FIELDS, Asked, asked_of
 
 NamesModel = Literal["always", "perhaps", "never"]
 """Whether the requests of a surface name a model. Where there is none, they go to an upstream as a whole."""
@@ -35,6 +36,14 @@ _log = logging.getLogger("api.relayed")
 _PARAMETER = re.compile(r"(?!\.+\Z)[A-Za-z0-9._-]{1,256}")
 _QUERY = re.compile(rb"[!-~]{0,4096}")
 _CONTENT_TYPE = re.compile(r"[ -~]{1,256}")
+
+
+class _Prepared(NamedTuple):
+    """Where a request goes, what goes there, and what it asks for, as far as it has been read."""
+
+    destination: Destination
+    outgoing: ByteRequest
+    asked: Callable[[], Asked]
 
 
 async def create_completion(request: Request) -> Response | None:
@@ -55,15 +64,16 @@ def relayed(path: str, *, model: NamesModel) -> Handler:
         try:
             with Connection(upload.receive) as connection:
                 upload.connection = connection
-                destination, outgoing = await _prepare(request, upload, path, model)
+                destination, outgoing, asked = await _prepare(request, upload, path, model)
                 settings = request.gateway.settings
                 run = byte_run(
                     destination, path, principal=request.caller, request_id=request.request_id, settings=settings
                 )
                 if run.principal.allowance is not None:
-                    run = await reserve(run, 0, request.gateway.limiter, request.gateway.holder.current, settings)
+                    limiter, snapshot = request.gateway.limiter, request.gateway.holder.current
+                    run = await reserve_relay(run, destination.upstream, destination.name, asked(), limiter, snapshot)
                 answer = _Answer(request, limit_headers(run))
-                executor = ByteRelayExecutor(destination, outgoing, request.gateway.holder.current.meter)
+                executor = ByteRelayExecutor(destination, outgoing, request.gateway.holder.current.meter, asked=asked)
                 try:
                     await request.gateway.engine.execute(run, executor, answer.take)
                 except GatewayError as error:
@@ -78,8 +88,8 @@ def relayed(path: str, *, model: NamesModel) -> Handler:
     return handle
 
 
-async def _prepare(request: Request, upload: Upload, path: str, model: NamesModel) -> tuple[Destination, ByteRequest]:
-    """Judge the request; return where it goes and what goes there."""
+async def _prepare(request: Request, upload: Upload, path: str, model: NamesModel) -> _Prepared:
+    """Judge the request."""
     target = _target(request, path, with_query=model == "never")
     method = "GET" if request.scope["method"] == "HEAD" else request.scope["method"]
     accept = request.headers.get("accept", "*/*")
@@ -95,7 +105,7 @@ async def _prepare(request: Request, upload: Upload, path: str, model: NamesMode
 
     if method != "POST":
         upload.finish()
-        return choose(None), ByteRequest(method, target, accept=accept)
+        return _Prepared(choose(None), ByteRequest(method, target, accept=accept), lambda: Asked(path))
     given = request.headers.get("content-type", "application/json")
     kind = given.partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
@@ -105,7 +115,8 @@ async def _prepare(request: Request, upload: Upload, path: str, model: NamesMode
             if not _CONTENT_TYPE.fullmatch(given):
                 raise InvalidRequest("The content type has characters that a header cannot carry.")
             body = upload.pieces()
-            return destination, ByteRequest(method, target, body, given, accept, upload.declared)
+            outgoing = ByteRequest(method, target, body, given, accept, upload.declared)
+            return _Prepared(destination, outgoing, lambda: Asked(path))
         return await _prepare_form(request, upload, ByteRequest(method, target, accept=accept), choose, model)
     if kind != "application/json":
         raise InvalidRequest(f"Send application/json or multipart/form-data, not {kind[:64]!r}.", status=415)
@@ -114,14 +125,17 @@ async def _prepare(request: Request, upload: Upload, path: str, model: NamesMode
     if model == "never":
         if text:
             decode_body(text)
-        return choose(None), ByteRequest(method, target, text, "application/json" if text else None, accept)
+        outgoing = ByteRequest(method, target, text, "application/json" if text else None, accept)
+        return _Prepared(choose(None), outgoing, lambda: Asked(path))
     fields = decode_body(text)
     name = decode_model(fields) if model == "always" or bytes(fields.get("model", b"null")) != b"null" else None
     destination = choose(name)
-    outgoing: dict[str, Any] = {str(key): raw for key, raw in fields.items()}
+    asked = asked_of(path, {key: decode_value(fields[key], key) for key in ASKED_FIELDS if key in fields})
+    renamed: dict[str, Any] = {str(key): raw for key, raw in fields.items()}
     if name is not None:
-        outgoing["model"] = destination.name
-    return destination, ByteRequest(method, target, msgspec.json.encode(outgoing), "application/json", accept)
+        renamed["model"] = destination.name
+    outgoing = ByteRequest(method, target, msgspec.json.encode(renamed), "application/json", accept)
+    return _Prepared(destination, outgoing, lambda: asked)
 
 
 async def _prepare_form(
@@ -130,7 +144,7 @@ async def _prepare_form(
     draft: ByteRequest,
     choose: Callable[[str | None], Destination],
     model: NamesModel,
-) -> tuple[Destination, ByteRequest]:
+) -> _Prepared:
     """Read the form up to its field ``model``; what follows is relayed as it comes."""
     chosen: list[Destination] = []
 
@@ -141,6 +155,13 @@ async def _prepare_form(
     form = FormRewriter(find_boundary(request.headers["content-type"]), rename)
     limit, size, begun = request.gateway.settings.body_limit_bytes, 0, list[bytes]()
     pieces = upload.pieces()
+
+    def asked() -> Asked:
+        most = request.gateway.settings.upload_limit_bytes
+        return asked_of(
+            draft.path, form.noted, upload.size if upload.complete else upload.declared or most, is_whole=form.ended
+        )
+
     try:
         async for piece in pieces:
             begun.append(form.feed(piece))
@@ -162,10 +183,11 @@ async def _prepare_form(
         raise
     if upload.complete:
         await pieces.aclose()
-        return destination, replace(draft, body=b"".join(begun), content_type=form.content_type)
+        outgoing = replace(draft, body=b"".join(begun), content_type=form.content_type)
+        return _Prepared(destination, outgoing, asked)
     length = None if upload.declared is None or form.growth is None else upload.declared + form.growth
     body = _rest(form, begun, pieces)
-    return destination, replace(draft, body=body, content_type=form.content_type, length=length)
+    return _Prepared(destination, replace(draft, body=body, content_type=form.content_type, length=length), asked)
 
 
 async def _rest(
@@ -226,6 +248,7 @@ class _Answer:
                         (b"content-type", self._head.content_type or b"application/octet-stream"),
                         *self._head.headers,
                         *self._headers,
+                        *spending_headers(self._head.usage),
                     ]
                     start = {"type": "http.response.start", "status": self._head.status, "headers": headers}
                     await self._request.send(start)

@@ -26,6 +26,8 @@ class Upload:
         self._over = asyncio.Event()
         self.connection: Connection | None = None
         self.complete = False
+        self.size = 0
+        """Bytes that have come."""
 
     async def receive(self) -> dict[str, Any]:
         """Return the next message after the body."""
@@ -45,7 +47,7 @@ class Upload:
     async def pieces(self) -> AsyncGenerator[bytes, None]:
         """Yield the body as it comes. Raises `BodyTooLarge` or `RequestTimedOut`; a client that left ends it all."""
         settings = self._request.gateway.settings
-        limit, seconds, size = settings.upload_limit_bytes, settings.body_timeout_s, 0
+        limit, seconds = settings.upload_limit_bytes, settings.body_timeout_s
         clock = asyncio.get_running_loop().time
         started = clock()
         try:
@@ -60,10 +62,10 @@ class Upload:
                 if message["type"] != "http.request":
                     await self._left()
                 piece: bytes = message.get("body", b"")
-                size += len(piece)
-                if size > limit:
+                self.size += len(piece)
+                if self.size > limit:
                     raise _too_large(limit)
-                if clock() - started > seconds + size / _LEAST_BYTES_PER_S:
+                if clock() - started > seconds + self.size / _LEAST_BYTES_PER_S:
                     raise RequestTimedOut(f"The upload came at less than {_LEAST_BYTES_PER_S:,} bytes a second.")
                 self.complete = not message.get("more_body")
                 yield piece

@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from gateway.admission import agents_chat_only, authorize_model
 from gateway.chat import RelayRequest
@@ -24,6 +26,7 @@ from gateway.registry.entry import AgentEntry
 from gateway.run import Run
 from gateway.snapshot import Snapshot
 from gateway.upstreams.relaying import ByteRequest, ByteTarget, shown_headers
+from gateway.usage.measures import NOTHING_MEASURED, SPEECH_PATH, Asked, Measured
 from gateway.usage.meter import Meter
 from gateway.usage.reported import AnswerUsage
 
@@ -109,19 +112,34 @@ def byte_run(
 
 
 class ByteRelayExecutor:
-    """Relays one call; yields `RelayedHead`, the answer's bytes, `RelayEnded`."""
+    """Relays one call; yields `RelayedHead`, the answer's bytes, `RelayEnded`.
 
-    def __init__(self, destination: Destination, request: ByteRequest, meter: Meter | None = None) -> None:
+    ``asked`` says what the request asks for, as far as it has been read.
+    """
+
+    def __init__(
+        self,
+        destination: Destination,
+        request: ByteRequest,
+        meter: Meter | None = None,
+        *,
+        asked: Callable[[], Asked] | None = None,
+    ) -> None:
         self._upstream = destination.upstream
         self._name = destination.name
         self._request = request
         self._meter = meter or Meter()
+        self._asked = asked or (lambda: Asked(request.path))
 
     async def execute(self, run: Run) -> AsyncIterator[RunEvent]:
         """See `gateway.run.Executor.execute`."""
         assert isinstance(run.request, RelayRequest), "made by `byte_run`"
+        path = run.request.path
         heads: list[RelayedHead] = []
-        spent: AnswerUsage | None = None
+        answer = AnswerUsage(None)
+        held: bytes | None = None
+        usage: Usage | None = None
+        is_answered = False
 
         def on_head(status: int, headers: Mapping[bytes, bytes]) -> None:
             heads.append(RelayedHead(shown_headers(headers), status, self._content_type(headers)))
@@ -130,33 +148,60 @@ class ByteRelayExecutor:
             pieces = self._upstream.relay(self._request, request_id=run.request_id, on_head=on_head)
             async with aclosing(pieces):
                 async for piece in pieces:
-                    if heads:
-                        spent = AnswerUsage(heads[-1].content_type)
+                    if not is_answered:
+                        is_answered = True
+                        answer = AnswerUsage(heads[-1].content_type)
+                        answer.feed(piece)
+                        if answer.is_json:
+                            held = piece  # perhaps all of it: then its cost goes out with its head
+                        else:
+                            yield msgspec.structs.replace(heads.pop(), usage=self._known_before(path))
+                            yield RelayedChunk(piece)
+                        continue
+                    answer.feed(piece)
+                    if held is not None:
                         yield heads.pop()
-                    if spent is not None:
-                        spent.feed(piece)
+                        yield RelayedChunk(held)
+                        held = None
                     yield RelayedChunk(piece)
-            if heads:
-                yield heads.pop()
+            is_answered = True
         except GatewayError as error:
             error.is_relayed = True
-            if isinstance(error, UpstreamModelNotFound) and "{" in run.request.path:
+            if isinstance(error, UpstreamModelNotFound) and "{" in path:
                 raise NotFound(f"The upstream '{self._upstream.name}' has nothing of this id.") from error
             raise
-        usage = spent.find() if spent is not None else None
-        yield RelayEnded("stop", self._charged(run, run.request.path, usage))
+        finally:
+            # Also for an answer that is cut, or that nobody waits for: the upstream counts it, too.
+            if is_answered and self._name is not None:
+                usage = self._charged(run, path, answer)
+        if heads:
+            yield msgspec.structs.replace(heads.pop(), usage=usage)
+        if held is not None:
+            yield RelayedChunk(held)
+        yield RelayEnded("stop", usage)
 
-    def _charged(self, run: Run, path: str, usage: Usage | None) -> Usage | None:
-        """Return the usage with its cost. A call that names no model, such as for a file, uses none."""
-        if self._name is None:
+    def _known_before(self, path: str) -> Usage | None:
+        """Return what the answer will use where the request alone says so: speech, by its text."""
+        if path != SPEECH_PATH or self._name is None:
             return None
-        if usage is None:
-            self._meter.count(run, upstream=self._upstream.name, model=self._name, path=path)
-            return None
-        usage = self._meter.charge(usage, run, upstream=self._upstream.name, model=self._name, path=path)
+        measured = self._asked().answered(NOTHING_MEASURED, 0)
+        usage = Usage(requests=1, estimated=measured.estimated)
+        return self._meter.priced(usage, self._upstream.name, self._name, measured)
+
+    def _charged(self, run: Run, path: str, answer: AnswerUsage) -> Usage | None:
+        """Charge the call; return its usage if anything is known of it. A call that names no model uses nothing."""
+        assert self._name is not None, "asked before"
+        usage = answer.find()
+        measured = Measured()
+        if usage is None or not usage.total_tokens:
+            measured = self._asked().answered(answer.measured(), answer.written_characters())
+            usage = usage or Usage(requests=1, estimated=measured.estimated)
+        usage = self._meter.charge(
+            usage, run, upstream=self._upstream.name, model=self._name, path=path, measured=measured
+        )
         if run.reservation is not None:
             run.reservation.settle(usage)
-        return usage
+        return usage if usage.total_tokens or usage.cost is not None else None
 
     def _content_type(self, headers: Mapping[bytes, bytes]) -> bytes:
         """Return the answer's type. A page is a login portal's, or a file that must not run in a browser here."""

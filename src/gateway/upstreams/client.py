@@ -22,6 +22,7 @@ from gateway.chunks import Chunk
 from gateway.errors import AgentMisconfigured, ConfigError, GatewayError, UpstreamMalformed, UpstreamRejected
 from gateway.observability.logs import log_event
 from gateway.observability.traces import current_span
+from gateway.upstreams.byte_answers import ByteAnswer, byte_answer
 from gateway.upstreams.config import HEADER_NAME, HEADER_VALUE, OWN_HEADERS, Api, UpstreamConfig
 from gateway.upstreams.failures import failure_of_status, retry_after_s
 from gateway.upstreams.http1 import Exchange, too_large
@@ -154,10 +155,23 @@ class Upstream(ABC):
         """Yield the answer of a relayed request as it comes; what the upstream refuses is raised as elsewhere."""
         started = time.perf_counter()
         status: int | str = "cancelled"
+        answer: ByteAnswer | None = None
+
+        def begin(code: int, headers: Mapping[bytes, bytes]) -> None:
+            nonlocal answer
+            kind = headers.get(b"content-type", b"")
+            answer = byte_answer(request.path, code, kind, self.name, self._secrets)
+            if on_head is not None:
+                on_head(code, headers)
+
         try:
-            async with aclosing(self._relay(request, request_id, on_head)) as pieces:
+            async with aclosing(self._relay(request, request_id, begin)) as pieces:
                 async for piece in pieces:
-                    yield piece
+                    assert answer is not None, "the head came first"
+                    if piece := answer.feed(piece):
+                        yield piece
+            if answer is not None and (rest := answer.end()):
+                yield rest
             status = 200
         except GatewayError as error:
             if error.domain == "upstream" or isinstance(error, UpstreamRejected):

@@ -6,6 +6,7 @@ from gateway.events import Usage
 from gateway.observability.metrics import Metrics
 from gateway.observability.traces import current_span
 from gateway.usage.ledger import Ledger, LedgerRun
+from gateway.usage.measures import NOTHING_MEASURED, Measured
 from gateway.usage.prices import MOST_COST, PICO, PriceTable
 
 OPERATIONS = {"/chat/completions": "chat", "/completions": "text_completion", "/embeddings": "embeddings"}
@@ -30,14 +31,16 @@ class Meter:
         model: str,
         path: str = "/chat/completions",
         agent: str | None = None,
+        measured: Measured = NOTHING_MEASURED,
     ) -> Usage:
         """Return what one model call of ``run`` used with its cost.
 
-        ``upstream`` and ``model`` are those that answered, ``agent`` whose call it was, if one's. The upstream's own
-        word on the cost counts before the prices; without either, there is none.
+        ``upstream`` and ``model`` are those that answered, ``agent`` whose call it was, if one's, ``measured`` what
+        counts where no tokens do. The upstream's own word on the cost counts before the prices; without either, there
+        is none.
         """
         reported = usage.cost is not None
-        usage = usage if reported else self._priced(usage, upstream, model)
+        usage = usage if reported else self.priced(usage, upstream, model, measured)
         if (span := current_span()) is not None:
             span.served(upstream, model)
             span.spent(usage)
@@ -54,15 +57,13 @@ class Meter:
         """Return what a call may cost at the most, in picodollars; 0 where no price says so."""
         return self._prices.most(upstream, model, input_tokens, output_tokens)
 
-    def count(self, run: LedgerRun, *, upstream: str, model: str, path: str) -> None:
-        """Enter a model call of which nobody says what it used; its cost stays unknown."""
-        if self._ledger is not None:
-            self._ledger.charged(
-                run, Usage(requests=1), path=path, agent=None, upstream=upstream, model=model, price_version=None
-            )
+    def most_measured(self, upstream: str, model: str, measured: Measured) -> int:
+        """Return what a call may cost that is not counted in tokens, in picodollars; 0 where no price says so."""
+        return self._prices.most_measured(upstream, model, measured)
 
-    def _priced(self, usage: Usage, upstream: str, model: str) -> Usage:
-        cost = self._prices.cost(upstream, model, usage)
+    def priced(self, usage: Usage, upstream: str, model: str, measured: Measured = NOTHING_MEASURED) -> Usage:
+        """Return the usage with its cost by the prices, and charge nothing."""
+        cost = self._prices.cost(upstream, model, usage, measured)
         if cost is None or not 0 <= cost <= MOST_COST:
             return usage
         return Usage(
