@@ -71,7 +71,7 @@ def storm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storm]:
         upstreams = [stack.enter_context(ScriptedUpstream()) for _ in NAMES]
         furnish(home, upstreams[0].base_url)
         rows = "".join(
-            f'  - {{name: {name}, base_url: "{upstream.base_url}", timeouts: {{first_byte_s: 1}}}}\n'
+            f'  - {{name: {name}, base_url: "{upstream.base_url}", timeouts: {{first_byte_s: 2}}}}\n'
             for name, upstream in zip(NAMES, upstreams, strict=True)
         )
         (home / "upstreams.yaml").write_text("version: 1\nupstreams:\n" + rows, encoding="utf-8")
@@ -126,8 +126,10 @@ def test_all_targets_flap(storm: Storm, how: str, at_once: int, streamed: bool) 
     for upstream in storm.upstreams:
         upstream.clear()
     assert 200 in {answer.status for answer in answers}
-    # Calls that another target took over, and answered, are no storm: each further target has a window of five.
-    assert sum(storm.counted()) <= CALLS * 1.2 + 10, storm.counted()
+    # Calls that another target took over, and answered, are no storm: each further target has a window of five, and each
+    # such answer widens it by one, which may fail.
+    answered = sum(answer.status == 200 and answer.headers["x-gateway-upstream"] != "one" for answer in answers)
+    assert sum(storm.counted()) <= CALLS * 1.2 + 10 + 2 * answered, (storm.counted(), answered)
 
 
 @pytest.mark.parametrize("how", ["plain", "hedged"])
