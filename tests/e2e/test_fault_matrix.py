@@ -29,7 +29,7 @@ upstreams:
     api_key: {key}
     default_model: agents
     timeouts: {{connect_s: 30, first_byte_s: 0.5, idle_s: 0.5, total_s: 1.5}}
-  - {{name: patient, base_url: {url}, api_key: {key}, default_model: agents}}
+  - {{name: patient, base_url: {url}, api_key: {key}, default_model: patients}}
 """
 SURFACES: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "chat": ("chat/completions", False, {"messages": [{"role": "user", "content": "Hi"}]}),
@@ -170,7 +170,7 @@ def test_memory_is_bounded(house: House, name: str, surface: str) -> None:
 @pytest.mark.parametrize("name", ["hang_before_headers", "hang_after_headers"])
 def test_the_upstream_is_left_within_a_second_of_the_client(house: House, name: str, surface: str) -> None:
     path, streamed, fields = SURFACES[surface]
-    for model in ("m", "agents"):
+    for model in ("m", "patients"):
         house.upstream.script(model, fault(name))
     house.upstream.requests.clear()
     model = "default/patient" if surface.startswith("agent") else "patient/m"
@@ -184,7 +184,7 @@ def test_the_upstream_is_left_within_a_second_of_the_client(house: House, name: 
 @pytest.mark.parametrize("surface", ["chat-streamed", "completions-streamed", "agent-streamed"])
 def test_the_upstream_is_left_within_a_second_after_the_first_token(house: House, surface: str) -> None:
     path, _, fields = SURFACES[surface]
-    for model in ("m", "agents"):
+    for model in ("m", "patients"):
         house.upstream.script(model, fault("hang_part_way"))
     house.upstream.requests.clear()
     model = "default/patient" if surface.startswith("agent") else "patient/m"
