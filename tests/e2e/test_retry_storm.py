@@ -126,8 +126,8 @@ def test_all_targets_flap(storm: Storm, how: str, at_once: int, streamed: bool) 
     for upstream in storm.upstreams:
         upstream.clear()
     assert 200 in {answer.status for answer in answers}
-    # Calls that another target took over, and answered, are no storm: each further target has a window of five, and each
-    # such answer widens it by one, which may fail.
+    # Calls that another target took over, and answered, are no storm: each further target has a window of five, and
+    # each such answer widens it by one, which may fail.
     answered = sum(answer.status == 200 and answer.headers["x-gateway-upstream"] != "one" for answer in answers)
     assert sum(storm.counted()) <= CALLS * 1.2 + 10 + 2 * answered, (storm.counted(), answered)
 

@@ -69,12 +69,12 @@ def against(serve: Serve, check: Callable[[HttpUpstream], Awaitable[None]]) -> N
 @pytest.mark.parametrize("length", [None, 10 * len(PIECE)])
 def test_pieces_arrive_as_one_body(length: int | None) -> None:
     with ScriptedUpstream() as server:
-        server.enqueue(Answer(body=b"thanks"))
+        server.enqueue(Answer(body=b'{"id":"thanks"}'))
 
         async def main() -> None:
             async with connected(server.base_url) as upstream:
                 source = Source(10)
-                assert await send(upstream, source, length) == b"thanks"
+                assert await send(upstream, source, length) == b'{"id":"thanks"}'
                 assert source.closed
 
         asyncio.run(main())
