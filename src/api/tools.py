@@ -100,7 +100,7 @@ async def invoke_tool(request: Request) -> Response | None:
         session_id=session_id(request.headers),
         user=asked.user,
         headers=_allowed_headers(request),
-        caller=accept_caller_context(request.headers, request.caller),
+        caller=accept_caller_context(request.headers, request.caller, request.gateway.metrics),
     )
     work = request.gateway.tools.call(name, asked.arguments, caller)
     result = await (_while_connected(request, work) if tool.read_only else work)

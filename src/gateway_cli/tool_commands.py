@@ -14,6 +14,7 @@ from gateway_cli.credentials import find_key
 from gateway_cli.errors import CliError
 from gateway_cli.settings import read_settings
 from gateway_cli.state import find_running
+from gateway_cli.terminal import printable
 
 _STATES = {"ready": "ready", "unavailable": "down"}
 _WAITS = "approval"
@@ -90,7 +91,7 @@ def _list(asking: _Asking, arguments: argparse.Namespace) -> int:
         ]
         print(*_lines(rows, tools), sep="\n")
         for item in down:
-            print(f"  The entry '{item['entry']}' is down: {_printable(item['health']['detail'] or '-')}")
+            print(f"  The entry '{item['entry']}' is down: {printable(item['health']['detail'] or '-')}")
         if waiting:
             servers = sorted({item["server"] for item in waiting.values()})
             print(
@@ -102,11 +103,11 @@ def _list(asking: _Asking, arguments: argparse.Namespace) -> int:
 def _lines(rows: Sequence[tuple[str, ...]], tools: list[dict[str, Any]]) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)] or [0]
     for row, tool in zip(rows, tools, strict=True):
-        cells = (_printable(cell).ljust(width) for cell, width in zip(row, widths, strict=True))
+        cells = (printable(cell).ljust(width) for cell, width in zip(row, widths, strict=True))
         yield f"  {'  '.join(cells)}".rstrip()
         problem = tool["problem"]
         if problem:
-            yield f"  {'':<{widths[0]}}  {_printable(problem)}"
+            yield f"  {'':<{widths[0]}}  {printable(problem)}"
 
 
 def _approve(asking: _Asking, arguments: argparse.Namespace) -> int:
@@ -152,23 +153,18 @@ def _shown(name: str, item: Mapping[str, Any]) -> Iterator[str]:
     before, after = _pretty(item["accepted"]), _pretty(item["listed"])
     if not before:
         yield f"{name} is new:"
-        yield from (f"    {_printable(line)}" for line in after)
+        yield from (f"    {printable(line)}" for line in after)
         return
     yield f"{name} has changed:"
     for line in difflib.unified_diff(before, after, lineterm="", n=2):
         if not line.startswith(("---", "+++", "@@")):
-            yield f"  {_printable(line)}"
+            yield f"  {printable(line)}"
 
 
 def _pretty(definition: str | None) -> list[str]:
     if definition is None:
         return []
     return json.dumps(json.loads(definition), indent=2, ensure_ascii=True).splitlines()
-
-
-def _printable(text: str) -> str:
-    """A server's words must not steer a terminal."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def _agrees(number: int) -> bool:

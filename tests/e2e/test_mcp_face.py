@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shutil
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -32,6 +35,9 @@ tools:
     env: {{CANCELLED: CANCELLED_FILE}}
     stream: true
 """
+
+
+INSPECTOR = os.environ.get("GATEWAY_TEST_MCP_INSPECTOR") or shutil.which("mcp-inspector")
 
 
 @pytest.fixture
@@ -103,6 +109,29 @@ async def test_tools_and_agents_answer(gateway: Gateway, mode: str) -> None:
         assert text_of(await made.call_tool("raw__echo", {"a": 1})).startswith('{"a": 1}')
         answer = await made.call_tool("default__weatheragent", {"input": "say fine weather"})
         assert text_of(answer) == "fine weather" and not answer.is_error
+
+
+@pytest.mark.skipif(
+    INSPECTOR is None,
+    reason="mcp-inspector is not installed (npm install --global @modelcontextprotocol/inspector, with Node.js 22), "
+    "nor named in GATEWAY_TEST_MCP_INSPECTOR",
+)
+async def test_the_inspector_lists_and_calls(gateway: Gateway) -> None:
+    await wait_for_tools(gateway)
+
+    def inspect(*arguments: str, key: str = CHAT) -> Any:
+        command = [str(INSPECTOR), "--cli", f"{gateway.url}/mcp", "--transport", "http"]
+        command += ["--header", f"Authorization: Bearer {key}", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        return json.loads(done.stdout)
+
+    listed = await asyncio.to_thread(inspect, "--method", "tools/list")
+    assert {tool["name"] for tool in listed["tools"]} >= {"raw__echo", "default__weatheragent"}
+    narrow = await asyncio.to_thread(inspect, "--method", "tools/list", key=NARROW)
+    assert not [tool for tool in narrow["tools"] if tool["name"].startswith("raw__")]
+    call = ["--method", "tools/call", "--tool-name", "default__weatheragent", "--tool-arg", "input=say fine weather"]
+    answer = await asyncio.to_thread(inspect, *call)
+    assert answer["content"][0]["text"] == "fine weather" and not answer.get("isError")
 
 
 @pytest.mark.parametrize("mode", ["auto", "legacy"])

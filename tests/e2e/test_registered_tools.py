@@ -183,6 +183,9 @@ def test_what_stands_in_the_file_is_left_alone(gateway: Gateway) -> None:
     ("entry", "words"),
     [
         ({"provider": "local", "module": "os:system"}, "tools.yaml alone"),
+        ({"provider": "shell"}, "tools.yaml alone"),
+        ({"provider": "file_ops", "workspace": "/etc"}, "tools.yaml alone"),
+        ({"provider": "research", "search_url": "https://x.example/"}, "tools.yaml alone"),
         ({}, "provider: one of http"),
         ({"provider": "mcp", "command": ["sh", "-c", "touch /tmp/x"]}, "command: only tools.yaml"),
         ({"provider": "mcp", "url": "http://127.0.0.1:9/", "env": {"A": "b"}}, "env: only tools.yaml"),

@@ -34,6 +34,7 @@ def gateway(tmp_path: Path) -> Iterator[Gateway]:
     (tmp_path / "security.yaml").write_text("version: 1\n")
     env = {"GATEWAY_TOOL_CONFIG": str(tmp_path / "tools.yaml"), "GATEWAY_API_KEY": KEY}
     with running_gateway(tmp_path, env=env, key=KEY, command=SERVE) as started:
+        started.logged("mcp.server.connected", count=2)  # calls alone may all have come to one worker
         wait_for(lambda: everywhere(started) == [200] * 6, what="both workers offer the tool")
         yield started
 
@@ -62,14 +63,19 @@ def command(
     return done.returncode, done.stdout + done.stderr
 
 
+def _ready(answer: tuple[int, str]) -> tuple[int, str] | None:
+    return answer if "ready" in answer[1] else None
+
+
 def change(gateway: Gateway, *tools: dict[str, Any]) -> None:
     list_tools(gateway.home, *tools)
     assert gateway.post("/tools/refresh", {}).status == 200
 
 
 def test_a_changed_tool_is_shown_and_accepted_in_every_worker(gateway: Gateway) -> None:
-    status, text = command(gateway, "list")
-    assert status == 0 and "ready" in text and "raw__echo" in text and "mcp" in text, text
+    # Which worker is asked is chance: the one that has not yet read the server's list may be.
+    status, text = wait_for(lambda: _ready(command(gateway, "list")), what="the worker that is asked offers the tool")
+    assert status == 0 and "raw__echo" in text and "mcp" in text, text
     change(gateway, {**ECHO, "description": "Echo, and \x1b[31mtell all."}, {**ECHO, "name": "second"})
     assert everywhere(gateway) == [403] * 6
     status, text = command(gateway, "list")

@@ -116,11 +116,18 @@ def native(word: str) -> str:
     return word.upper()
 
 
-names = ["whole", "forbidden", "ending", "blocked", "boom"]
+@function_tool
+def clumsy(n: int) -> str:
+    with open("mistaken.log", "a") as file:
+        print("ran", file=file)
+    return "x" + n
+
+
+names = ["whole", "forbidden", "ending", "blocked", "boom", "mistaken"]
 agent = Agent(
     name="Shop",
     instructions="You are the shop.",
-    tools=[gateway_tool("weather", description="Ask for rain."), *map(use_gateway_tool, names), native],
+    tools=[gateway_tool("weather", description="Ask for rain."), *map(use_gateway_tool, names), native, clumsy],
 )
 inner = Agent(name="Inner", instructions="You are the inner.", tools=[native, gateway_tool("weather")])
 outer = Agent(
@@ -254,8 +261,12 @@ def test_a_forbidden_call_is_executed_never(shop: Gateway) -> None:
 def test_a_key_without_the_right_executes_nothing(shop: Gateway) -> None:
     script = 'call weather {} && call forbidden {"path":"/data/x"} ;; echo'
     assert "does not reach the tool" in ask(shop, script, key=NARROW)
+    before = shop.counted("agent_gateway_access_decisions")
     refused = invoke(shop, "forbidden", {"path": "/data/x"}, key=NARROW)
     assert (refused.status, refused.json()["error"]["code"]) == (403, "tool_denied")
+    after = shop.counted("agent_gateway_access_decisions")
+    denied, allowed = (f'decision="{word}",kind="tool"' for word in ("deny", "allow"))
+    assert (after[denied] - before[denied], after.get(allowed)) == (1, before.get(allowed))
     assert not (shop.home / "forbidden.log").exists()
 
 
@@ -291,7 +302,22 @@ def test_a_module_that_is_not_allowed_is_403_and_was_not_imported(shop: Gateway)
 def test_a_callable_that_raises_ran_once(shop: Gateway) -> None:
     answer = invoke(shop, "mistaken", {"n": 1})
     assert (answer.status, answer.json()["error"]["code"]) == (502, "tool_error")
-    assert [path.read_text() for path in shop.home.rglob("mistaken.log")] == ["ran\n"]
+    assert (shop.home / "mistaken.log").read_text() == "ran\n"
+    (shop.home / "mistaken.log").unlink()
+
+
+@pytest.mark.parametrize("tool", ["mistaken", "clumsy"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_tool_that_raises_in_a_run_ran_once(shop: Gateway, tool: str, streamed: bool) -> None:
+    body = {
+        "model": "default/shop",
+        "stream": streamed,
+        "messages": [{"role": "user", "content": f'call {tool} {{"n":1}} ;; say done'}],
+    }
+    answer = shop.post("/v1/chat/completions", body, key=CHAT)
+    assert answer.status == 200 and b"done" in answer.body
+    assert (shop.home / "mistaken.log").read_text() == "ran\n"
+    (shop.home / "mistaken.log").unlink()
 
 
 @pytest.mark.parametrize(
@@ -361,6 +387,7 @@ def test_calls_are_counted_and_logged_without_arguments(shop: Gateway) -> None:
     counted = [line for line in text.splitlines() if line.startswith("agent_gateway_tool_invocations_total{")]
     labels = ('tool="weather"', 'provider="local"', 'status="success"', 'source="api"')
     assert any(all(label in line for label in labels) for line in counted)
+    assert 'agent_gateway_access_decisions_total{decision="allow",kind="tool"}' in text
 
 
 def test_a_refresh_drops_old_callables_while_running_calls_finish(start: GatewayFactory, tmp_path: Path) -> None:
@@ -404,6 +431,7 @@ class Canary(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         server: Any = self.server
+        self.rfile.read(int(self.headers.get("content-length", 0)))
         server.seen.append((self.command, self.path, dict(self.headers)))
         status, headers, body = server.answers(self)
         if body is None:
@@ -415,7 +443,7 @@ class Canary(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    do_POST = do_GET
+    do_POST = do_PUT = do_GET
 
     def _send_for_ever(self) -> None:
         """Send a body without a length until the client has had enough."""
@@ -449,6 +477,36 @@ SPELLINGS = (
     "[::ffff:7f00:1]", "[64:ff9b::7f00:1]", "[64:ff9b:1::7f00:1]", "[2002:7f00:1::]", "[::127.0.0.1]", "[::]",
     "127.0.0.1.", "LOCALHOST",
 )  # fmt: skip
+
+
+def test_only_what_changes_nothing_a_second_time_is_tried_again(start: GatewayFactory, tmp_path: Path) -> None:
+    def busy_at_first(handler: Any) -> tuple[int, dict[str, str], bytes]:
+        asked = [path for _, path, _ in handler.server.seen].count(handler.path)
+        return (503, {"retry-after": "0"}, b"busy") if asked == 1 else (200, {}, b"done")
+
+    with canary(busy_at_first) as server:
+        methods = {"read": "GET", "replace": "PUT", "order": "POST", "order_once": "POST"}
+        entries = "".join(
+            f"  - {{name: {name}, provider: http, method: {method}, network: {OWN}, "
+            f'url: "http://127.0.0.1:{server.server_address[1]}/{name}"'
+            f"{', idempotent: true' if name == 'order_once' else ''}}}\n"
+            for name, method in methods.items()
+        )
+
+        def fill(home: Path) -> None:
+            prepare_tools(home)
+            (home / "tools.yaml").write_text("version: 1\ndefaults: {timeout: 20}\ntools:\n" + entries)
+
+        gateway = start(prepare=fill, env=env_of(tmp_path / "home"))
+        answers = {name: invoke(gateway, name).json() for name in methods}
+        assert [name for name in methods if answers[name].get("result") == "done"] == ["read", "replace", "order_once"]
+        paths = [path for _, path, _ in server.seen]
+        assert {name: paths.count(f"/{name}") for name in methods} == {
+            "read": 2, "replace": 2, "order": 1, "order_once": 2,
+        }  # fmt: skip
+        # Whoever may be asked twice can tell that it is the same call.
+        keys = [headers.get("idempotency-key") for _, path, headers in server.seen if path == "/order_once"]
+        assert keys[0] is not None and keys[0] == keys[1]
 
 
 def test_http_tools_cannot_reach_inside(start: GatewayFactory, tmp_path: Path) -> None:
@@ -602,6 +660,50 @@ def test_operations_of_a_document_are_tools(start: GatewayFactory, tmp_path: Pat
         assert invoke(gateway, "shop__putOrder", {"id": 7, "body": {"total": 5, "parent": {"note": "x"}}}).status == 400
         assert invoke(gateway, "shop__putOrder", {"id": 7, "body": {"total": 500}}).status == 403
         assert len(server.seen) == 1
+
+
+def test_of_a_catalogue_of_hundreds_agents_see_what_is_included_with_their_callers_credential(
+    start: GatewayFactory, tmp_path: Path
+) -> None:
+    with canary(lambda handler: (200, {}, handler.headers.get("authorization", "none").encode())) as server:
+        operations = [f"{noun}_{verb}" for noun in ("issues", "mails", "events") for verb in map(str, range(100))]
+        document = {
+            "openapi": "3.1.0",
+            "info": {"title": "Catalogue", "version": "1"},
+            "servers": [{"url": f"http://127.0.0.1:{server.server_address[1]}"}],
+            "paths": {f"/{name}": {"get": {"operationId": name, "responses": {}}} for name in operations},
+        }
+        entry = {
+            "name": "catalogue",
+            "provider": "openapi",
+            "document": "catalogue.json",
+            "include": ["issues_1", "issues_2?"],
+            "exclude": ["issues_29"],
+            "caller_headers": {"authorization": "Bearer x-cred-tracker-token"},
+            "network": {"allow_private": ["127.0.0.1/32"]},
+        }
+
+        def fill(home: Path) -> None:
+            prepare_tools(home)
+            (home / "tools.yaml").write_text(json.dumps({"tools": [entry]}))
+            (home / "catalogue.json").write_text(json.dumps(document))
+
+        gateway = start(prepare=fill, env=env_of(tmp_path / "home"))
+        names = {tool["name"] for tool in gateway.get("/tools", key=CHAT).json()["data"]}
+        assert names == {"catalogue__issues_1", *(f"catalogue__issues_2{number}" for number in range(9))}
+        for token in ("one", "two"):
+            answer = gateway.request(
+                "POST",
+                "/tools/catalogue__issues_1/invoke",
+                json_body={"arguments": {}},
+                key=CHAT,
+                headers={"x-cred-tracker-token": token},
+            )
+            assert answer.json()["result"] == f"Bearer {token}", answer.body
+        refused = invoke(gateway, "catalogue__issues_1")
+        assert refused.status == 503 and "x-cred-tracker-token" in refused.error["message"]
+        assert invoke(gateway, "catalogue__mails_1").status == 404
+        assert len(server.seen) == 2
 
 
 def test_documents_and_secrets_are_watched_with_the_file_that_names_them(start: GatewayFactory, tmp_path: Path) -> None:

@@ -137,6 +137,6 @@ async def test_over_http_killed_and_restarted(kind: str, path: str, transport: s
 def children() -> list[int]:
     """The processes of this server that this test started."""
     listed = subprocess.run(
-        ["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=True
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=True
     )
     return [int(line.split()[0]) for line in listed.stdout.splitlines() if PROGRAM and PROGRAM in line]

@@ -18,6 +18,7 @@ from mcp import MCPError
 from mcp.server.lowlevel import Server
 from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 
+from api.dependencies import end_user
 from api.errors import public
 from api.mcp.routes import session_of
 from api.routing import Receive, Request, Send
@@ -142,7 +143,7 @@ class _Face:
             request_id=request.request_id,
             source="mcp",
             headers=_seen_headers(request),
-            caller=accept_caller_context(request.headers, self._principal),
+            caller=accept_caller_context(request.headers, self._principal, self._gateway.metrics),
             progress=ctx.session.report_progress,
         )
         return _result(await self._gateway.tools.call(name, arguments, caller))
@@ -161,6 +162,7 @@ class _Face:
             body=body,
             fields=decode_body(body),
             headers=request.headers,
+            end_user=end_user(request),
         )
         snapshot = gateway.holder.current
         run, executor = admit(call, snapshot, gateway.settings)

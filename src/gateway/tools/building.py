@@ -12,14 +12,20 @@ from msgspec import Struct
 
 from gateway.config import Settings
 from gateway.errors import ConfigError
+from gateway.tools.builtin.files import FileOpsProvider
+from gateway.tools.builtin.research import ResearchProvider
+from gateway.tools.builtin.shell import ShellProvider
 from gateway.tools.config import (
     FILE,
     AllowedFor,
     AnyTool,
+    FileOpsTool,
     HttpTool,
     LocalTool,
     McpTools,
     OpenApiTools,
+    ResearchTool,
+    ShellTool,
     ToolDefaults,
     ToolsConfig,
     ToolSettings,
@@ -76,6 +82,12 @@ def _made(entry: AnyTool, around: Surroundings, on_change: OnChange) -> ToolProv
             return OpenApiProvider(entry, max_connections=concurrency)
         case McpTools():
             return around.open_mcp(entry, on_change)
+        case ShellTool():
+            return ShellProvider(entry, around.settings)
+        case FileOpsTool():
+            return FileOpsProvider(entry, around.settings)
+        case ResearchTool():
+            return ResearchProvider(entry, max_connections=concurrency)
 
 
 def check_rules(entry: AnyTool) -> None:

@@ -17,6 +17,8 @@ tools:
   - name: billing
     provider: openapi
     document: config/billing.yaml
+  - name: sandbox
+    provider: shell
 ```
 """
 
@@ -177,7 +179,70 @@ class McpTools(ToolEntry, frozen=True, kw_only=True, tag="mcp"):
     network: NetworkAccess = NetworkAccess()
 
 
-AnyTool = LocalTool | HttpTool | OpenApiTools | McpTools
+class JailLimits(Struct, frozen=True, kw_only=True):
+    """What one call may use; ``memory_bytes``, ``cpu_seconds`` and ``open_files`` are those of each of its processes.
+
+    ``tmp_bytes`` is the size of `/tmp` and of `/dev/shm`, which are gone after the call.
+    """
+
+    memory_bytes: Annotated[int, Meta(ge=64 * 1024 * 1024, le=1024**4)] = 512 * 1024 * 1024
+    cpu_seconds: Annotated[int, Meta(ge=1, le=3_600)] = 60
+    processes: Annotated[int, Meta(ge=8, le=10_000)] = 64
+    open_files: Annotated[int, Meta(ge=16, le=65_536)] = 256
+    tmp_bytes: Annotated[int, Meta(ge=4_096, le=1024**4)] = 64 * 1024 * 1024
+
+
+class JailedTool(ToolEntry, frozen=True, kw_only=True):
+    """A tool that runs in a jail, on a workspace: a folder of its caller's (by key), or with ``shared`` of everybody's.
+
+    ``workspace`` is the folder that holds the callers' folders, or is the shared one; without it, `workspaces` in the
+    state folder. ``max_workspace_bytes`` and ``max_workspace_files`` bound what one caller's may hold.
+    """
+
+    workspace: Annotated[str, Meta(min_length=1)] | None = None
+    shared: bool = False
+    max_workspace_bytes: Annotated[int, Meta(ge=4_096, le=1024**5)] = 256 * 1024 * 1024
+    max_workspace_files: Annotated[int, Meta(ge=1, le=1_000_000)] = 10_000
+    limits: JailLimits = JailLimits()
+
+
+class ShellTool(JailedTool, frozen=True, kw_only=True, tag="shell"):
+    """Runs a command line."""
+
+
+class FileOpsTool(JailedTool, frozen=True, kw_only=True, tag="file_ops"):
+    """Reads, writes and searches the files of the workspace."""
+
+
+class SearchFields(Struct, frozen=True, kw_only=True):
+    """Where a search service's answer (JSON) has its results, a list, and what each of them has: ``web.results``."""
+
+    results: str = "results"
+    title: str = "title"
+    url: str = "url"
+    snippet: str = "content"
+
+
+class ResearchTool(ToolEntry, frozen=True, kw_only=True, tag="research"):
+    """Asks a search service, and reads the pages it found.
+
+    ``search_url`` gets the query as ``query_parameter``; ``parameters`` are further ones. ``headers`` are the search
+    service's alone. ``network`` is where the service may be, ``page_network`` where pages may.
+    """
+
+    search_url: str
+    query_parameter: Annotated[str, Meta(min_length=1, max_length=64)] = "q"
+    parameters: dict[str, str] = field(default_factory=lambda: {"format": "json"})
+    headers: dict[str, Secret] = {}
+    fields: SearchFields = SearchFields()
+    max_pages: Annotated[int, Meta(ge=0, le=20)] = 5
+    max_page_bytes: Bytes = 512 * 1024
+    page_timeout: Seconds = 10.0
+    network: NetworkAccess = NetworkAccess()
+    page_network: NetworkAccess = NetworkAccess()
+
+
+AnyTool = LocalTool | HttpTool | OpenApiTools | McpTools | ShellTool | FileOpsTool | ResearchTool
 
 
 class ToolDefaults(Struct, frozen=True, kw_only=True):
@@ -224,7 +289,9 @@ def load_tools(settings: Settings) -> ToolsConfig:
 
 
 def _beside(entry: AnyTool, folder: Path) -> AnyTool:
-    """Return an entry whose relative document is looked for beside the file."""
+    """Return an entry whose relative document, or workspace, is looked for beside the file."""
+    if isinstance(entry, JailedTool) and entry.workspace is not None:
+        return msgspec.structs.replace(entry, workspace=str(folder / entry.workspace))
     if not isinstance(entry, OpenApiTools) or entry.document.startswith(("http://", "https://")):
         return entry
     return msgspec.structs.replace(entry, document=str(folder / entry.document))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gateway.caller_context import credential_place, leads_elsewhere
+from gateway.caller_context import CallerContext, credential_place, leads_elsewhere
 from gateway.errors import ConfigError, ToolUnavailable
 from gateway.tools.port import ToolContext
 
@@ -38,20 +38,30 @@ def check_caller_headers(headers: Mapping[str, str], where: str) -> None:
             raise ConfigError(f"{where}: caller_headers: {name!r} is not the name of a header.")
 
 
+def find_missing(headers: Mapping[str, str], caller: CallerContext, sent: Mapping[str, str]) -> str | None:
+    """Return the first header that a call needs of its caller and that the caller did not send."""
+    for text in headers.values():
+        asked = text.rpartition(" ")[2].lower()
+        if caller.sent.get(asked) is None and sent.get(asked) is None:
+            return text.rpartition(" ")[2]
+    return None
+
+
 def lent_headers(headers: Mapping[str, str], context: ToolContext, who: str) -> dict[str, str]:
     """Return what the caller sent for each, by lower-case name; `ToolUnavailable` naming one that it did not send.
 
     A value may stand behind a scheme word: ``Bearer x-cred-github-token``. ``who`` is the tool, for that sentence.
     """
+    missing = find_missing(headers, context.caller, context.headers)
+    if missing is not None:
+        raise ToolUnavailable(
+            f"{who} works with the caller's own credential: send it in the header '{missing}'.",
+            should_retry=False,
+        )
     found = {}
     for name, text in headers.items():
         scheme, space, source = text.rpartition(" ")
         asked = source.lower()
         value = context.caller.sent.get(asked) or context.headers.get(asked)
-        if value is None:
-            raise ToolUnavailable(
-                f"{who} works with the caller's own credential: send it in the header '{source}'.",
-                should_retry=False,
-            )
         found[name.lower()] = f"{scheme}{space}{value}"
     return found

@@ -279,7 +279,7 @@ def _context(context: ToolContext) -> LocalContext:
         session_id=context.session_id,
         call_id=context.call_id,
         policy={
-            "seconds_left": max(0.0, context.deadline - asyncio.get_running_loop().time()),
+            "seconds_left": max(0.0, context.seconds_left()),
             "max_result_bytes": context.max_result_bytes,
         },
         caller=context.caller,

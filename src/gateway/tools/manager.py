@@ -33,6 +33,7 @@ from gateway.errors import (
 from gateway.observability.logs import bind_tool, log_event
 from gateway.observability.metrics import Metrics
 from gateway.tools.config import AnyTool, Registration, ToolsConfig, load_tools
+from gateway.tools.lending import find_missing
 from gateway.tools.port import ToolContext, ToolProvider, ToolResult
 from gateway.tools.registered import Registrable, find_problem, with_network
 from gateway.tools.secrets import files_of, secrets_of
@@ -246,6 +247,7 @@ class ToolManager:
     def _judged(self, tool: Tool, arguments: Mapping[str, Any] | str | bytes, caller: ToolCaller) -> Mapping[str, Any]:
         """Return the arguments of a call that may be made."""
         refusal = tool.why_not(caller.principal, caller.agent, caller.source)
+        self._metrics.access_decided("tool", refusal is None)
         if refusal is not None:
             raise ToolDenied(refusal)
         if tool.spec.quarantined is not None:
@@ -283,6 +285,7 @@ class ToolManager:
                 await tool.gate.acquire()
         except TimeoutError as error:
             raise ToolUnavailable(f"The tool '{tool.name}' is busy: all its calls at once are taken.") from error
+        self._count_lending(tool, caller)
         tool.lease.enter()
         task = loop.create_task(tool.lease.provider.call(tool.spec, arguments, context), name=f"tool:{tool.name}")
         task.add_done_callback(lambda ended: _ended(ended, tool))
@@ -294,6 +297,13 @@ class ToolManager:
         finally:
             if not task.done():
                 await self._stop(task, tool)
+
+    def _count_lending(self, tool: Tool, caller: ToolCaller) -> None:
+        entry = self._entries.get(tool.lease.provider.entry)
+        wanted: Mapping[str, str] = getattr(entry.config, "caller_headers", {}) if entry is not None else {}
+        if wanted:
+            missing = find_missing(wanted, caller.caller, caller.headers)
+            self._metrics.credential_used("lent" if missing is None else "missing")
 
     async def _stop(self, task: asyncio.Task[Any], tool: Tool) -> None:
         """Cancel a call, and leave it behind if it does not end; its place in the tool's gate stays taken."""

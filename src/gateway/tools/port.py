@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
@@ -10,13 +11,16 @@ from msgspec import Struct
 from gateway.caller_context import NOTHING, CallerContext
 from gateway.principal import Principal
 
-ProviderKind = Literal["local", "http", "mcp", "openapi"]
+ProviderKind = Literal["local", "http", "mcp", "openapi", "shell", "file_ops", "research"]
 ToolSource = Literal["sdk", "api", "mcp"]
 """Who asks for a call: an agent of the SDK, a client of `POST /tools/{name}/invoke`, a client of `/mcp`."""
 
 HealthStatus = Literal["unknown", "ok", "degraded", "down"]
 Progress = Callable[[float, float | None, str | None], Awaitable[None]]
 """Told of a tool's progress: how far, of how much (if known), a sentence (if any)."""
+
+
+_MARGIN_S = 1.0
 
 
 class ToolSpec(Struct, frozen=True, kw_only=True):
@@ -95,6 +99,15 @@ class ToolContext(Struct, frozen=True, kw_only=True):
     headers: Mapping[str, str] = {}
     caller: CallerContext = NOTHING
     progress: Progress | None = None
+
+    def seconds_left(self) -> float:
+        """Return how long it is to the deadline, by the running loop's clock; negative once it is past."""
+        return self.deadline - asyncio.get_running_loop().time()
+
+    def seconds_to_work(self) -> float:
+        """Return what of that the work itself may take: a second, or a quarter of it, is left to say how it went."""
+        left = self.seconds_left()
+        return max(left - min(_MARGIN_S, left / 4), 0.05)
 
 
 class ProviderHealth(Struct, frozen=True, kw_only=True):

@@ -1,7 +1,7 @@
 """EntryBook: entries of tools made at run time, over HTTP; kept in the store, the same in every process.
 
-What a request may name is less than what `tools.yaml` may: no command and no callable, for those run code here; no
-file; of the environment only what the operator lists; and no address inside but those the operator lists.
+What a request may name is less than what `tools.yaml` may: no command, no callable and no shell, for those run code
+here; no file; of the environment only what the operator lists; and no address inside but those the operator lists.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ RESERVED = frozenset({"servers", "search", "refresh", "mcp"})
 
 _MOST = 500
 _KINDS = ("http", "openapi", "mcp")
+_OF_THE_FILE = ("local", "shell", "file_ops", "research")
 _OPERATORS = ("network", "command", "env", "cwd")
 """Keys of an entry that only the operator's file may have: they open the inside, or run something there."""
 
@@ -129,7 +130,7 @@ def read_entry(fields: Mapping[str, Any], registration: Registration) -> Registr
     """Return the entry that a request describes, with the keys of `tools.yaml`; else raise `InvalidRequest`."""
     kind = fields.get("provider")
     if kind not in _KINDS:
-        told = "; callables of Python stand in tools.yaml alone" if kind == "local" else ""
+        told = f"; what has the provider {kind} stands in tools.yaml alone" if kind in _OF_THE_FILE else ""
         raise InvalidRequest(f"provider: one of {', '.join(_KINDS)}{told}.", param="provider")
     for key in _OPERATORS:
         if key in fields:

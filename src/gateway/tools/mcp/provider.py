@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -87,7 +86,7 @@ class McpProvider:
             tool.remote_name,
             arguments,
             credential=self._credential_of(context),
-            timeout_s=max(context.deadline - asyncio.get_running_loop().time(), 0.001),
+            timeout_s=max(context.seconds_left(), 0.001),
             progress=context.progress if self._config.stream else None,
             repeatable=tool.idempotent or tool.read_only,
         )
