@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Mapping
 from contextlib import aclosing
 from functools import lru_cache
+from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlencode, urlsplit
 
@@ -172,13 +173,17 @@ class _ChatCompletions:
         """Send a chat completion request; the SDK passes what ``chat.completions.create`` takes."""
         if self._upstream.config.provider == "openai" and not _is_absent(kwargs.get("max_tokens")):
             kwargs["max_completion_tokens"] = kwargs.pop("max_tokens")
+        streamed = kwargs.get("stream") is True
+        if streamed:
+            asked = kwargs.get("stream_options")
+            kwargs["stream_options"] = {**(asked if isinstance(asked, dict) else {}), "include_usage": True}
         _name_participants(kwargs["messages"])
         body, arguments = _encode_request(kwargs, self._level)
         _refuse_query(kwargs)
         written = kwargs.get("max_completion_tokens")
         written = kwargs.get("max_tokens") if _is_absent(written) else written
         await self._record.ask(str(kwargs["model"]), len(body), written)
-        if kwargs.get("stream") is True:
+        if streamed:
             return self._chunks(_at_home(self._level, self._upstream.chat_stream(body, **arguments)))
         data = await _run_at_home(self._level, self._upstream.chat(body, **arguments))
         completion = _parse(ChatCompletion, data)
@@ -281,13 +286,16 @@ class _Responses:
             self._record.close()
 
 
+_ABSENT = (NoneType, Omit, NotGiven)
+
+
 def _is_absent(value: Any) -> bool:
-    return value is None or isinstance(value, Omit | NotGiven)
+    return value.__class__ in _ABSENT
 
 
 def _encode_request(kwargs: dict[str, Any], level: Level | None) -> tuple[bytes, dict[str, Any]]:
     """Return the JSON body and the keyword arguments of the upstream's call."""
-    body = {name: value for name, value in kwargs.items() if name not in _NOT_BODY and not _is_absent(value)}
+    body = {name: value for name, value in kwargs.items() if value.__class__ not in _ABSENT and name not in _NOT_BODY}
     body.update(kwargs.get("extra_body") or {})
     headers = {k: v for k, v in (kwargs.get("extra_headers") or {}).items() if k.lower() != "user-agent"}
     arguments: dict[str, Any] = {"request_id": level.scope.run.request_id if level is not None else None}

@@ -12,14 +12,17 @@ import asyncio
 import copy
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from agents import Agent, Handoff, Model, handoff
 from agents.models.default_models import get_default_model_settings
 
+from gateway.registry.entry import AgentOptions, ModelConfig
 from sdk_adapter.gateway_tools import bound_tools
 from sdk_adapter.guarding import judged_off_the_loop
 from sdk_adapter.instrument import rebound_handoff
+from sdk_adapter.model_choice import ChosenModel, changes_model, plain_name
 from sdk_adapter.models import GatewayModel
 from sdk_adapter.scope import Level
 
@@ -44,6 +47,7 @@ class RunClones:
         known = self._clones.get(id(agent))
         if known is not None:
             return known[1]
+        original, agent = agent, self._configured(agent)
         changes: dict[str, Any] = {
             "tools": bound_tools(agent.tools, self._level),
             "handoffs": [self._bind(item) for item in agent.handoffs],
@@ -56,9 +60,13 @@ class RunClones:
         if self._customise is not None:
             changes |= self._customise(agent)
         clone = copied(agent, **changes)
-        self._clones[id(agent)] = (agent, clone)
+        self._clones[id(original)] = (original, clone)
         self._clones[id(clone)] = (clone, clone)
         return clone
+
+    def _configured(self, agent: Agent[Any]) -> Agent[Any]:
+        found = self._level.scope.configured.get(id(agent)) if self._level is not None else None
+        return found if isinstance(found, Agent) else agent
 
     def _bind(self, item: Agent[Any] | Handoff[Any, Any]) -> Handoff[Any, Any]:
         original = handoff(item) if isinstance(item, Agent) else item
@@ -87,6 +95,23 @@ def with_model(agent: Agent[Any], model: str) -> Agent[Any]:
     if agent.model_settings == get_default_model_settings(agent.model if isinstance(agent.model, str) else None):
         changes["model_settings"] = get_default_model_settings(model)
     return copied(agent, **changes)
+
+
+def as_configured(agent: Agent[Any], options: AgentOptions, config: ModelConfig | None) -> Agent[Any]:
+    """Return an agent as ``__gateway__`` (``options``) and then the operator's ``config`` want its model.
+
+    A copy: it may come from an installed package, which outlives the load that used it.
+    """
+    if options.model and not isinstance(agent.model, Model):
+        agent = with_model(agent, options.model)
+    if config is None:
+        return agent
+    if config.model or (changes_model(config) and not isinstance(agent.model, Model)):
+        named = config.model or (agent.model if isinstance(agent.model, str) else None)
+        upstream = config.upstream if config.model or config.upstream else options.upstream
+        agent = with_model(agent, ChosenModel(plain_name(named), upstream, config.fallbacks))
+    given: dict[str, Any] = config.given()
+    return copied(agent, model_settings=replace(agent.model_settings, **given)) if given else agent
 
 
 def off_the_loop(instructions: Any) -> Any:

@@ -16,7 +16,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-from agents import Agent, Model, RunConfig, Runner, RunResult, RunResultStreaming
+from agents import Agent, RunConfig, Runner, RunResult, RunResultStreaming
 from agents.items import ToolApprovalItem
 from agents.stream_events import StreamEvent
 
@@ -32,13 +32,13 @@ from gateway.routing.routed import RoutedUpstream
 from gateway.run import Run
 from gateway.usage.prices import PICO
 from sdk_adapter.client_tools import ClientTool, TurnMemory, client_tools_of, fitting_tools
-from sdk_adapter.cloning import RunClones, with_model
+from sdk_adapter.cloning import RunClones, as_configured
 from sdk_adapter.containment import is_stopped, raise_if_cancelled
 from sdk_adapter.context import GatewayContext
 from sdk_adapter.failures import EarlyEnd, as_gateway_error, early_end, root_cause
 from sdk_adapter.gateway_tools import bound_tools, require_tools
 from sdk_adapter.guarding import Gate, InputVerdict
-from sdk_adapter.instrument import Survey, observe_tools, survey
+from sdk_adapter.instrument import AS_WRITTEN, Survey, observe_tools, survey
 from sdk_adapter.mcp_servers import McpServers, shown_name
 from sdk_adapter.messages import Item, items_of
 from sdk_adapter.models import GatewayProvider
@@ -61,7 +61,8 @@ _CLOSE_S = 5.0
 class PreparedAgent:
     """An agent ready to run, and what the loader judges it by.
 
-    ``models`` holds every reachable agent's name with the model name its author wrote (None: the default).
+    ``model`` is the entry agent's: None is the default one, or one that its author brought. ``models`` holds every
+    reachable agent's name with the model name it runs with (None: the default).
     ``hosted_tools`` need an upstream that serves them; ``host_tools`` would act on the gateway's machine.
     ``duplicate_tools`` and ``gateway_tools`` (those of `tools.yaml`) are pairs of agent and tool name, ``problems`` of
     agent and a mistake that fails every run.
@@ -70,6 +71,7 @@ class PreparedAgent:
 
     executor: AgentExecutor
     tools: tuple[str, ...]
+    model: str | None
     models: tuple[tuple[str, str | None], ...]
     hosted_tools: tuple[tuple[str, str], ...]
     host_tools: tuple[tuple[str, str], ...]
@@ -88,22 +90,32 @@ def prepare_agent(
     options: AgentOptions,
     services: AdapterServices,
     published: Mapping[int, str] = _NOTHING,
+    configured: Mapping[int, Agent[Any]] = AS_WRITTEN,
 ) -> PreparedAgent:
     """Instrument an agent and everything it reaches, in place, and return what will execute it.
 
-    ``published`` has the model ids of all agents of the drop-in, by the `id` of the object.
+    ``published`` has the model ids of all agents of the drop-in, by the `id` of the object; ``configured`` those of
+    them, by the same, that run otherwise than they were written.
     Raises `TypeError` for what is not an SDK agent. Connects to nothing: `AgentExecutor.open` does.
     """
     if not isinstance(agent, Agent):
         raise TypeError(f"expected an agents.Agent, got {type(agent).__name__}")
-    entry = with_model(agent, options.model) if options.model and not isinstance(agent.model, Model) else agent
-    seen = survey(entry)
+    entry = configured.get(id(agent)) or as_configured(agent, options, None)
+    seen = survey(entry, configured)
     executor = AgentExecutor(
-        agent, entry, agent_id=agent_id, options=options, services=services, seen=seen, published=published
+        agent,
+        entry,
+        agent_id=agent_id,
+        options=options,
+        services=services,
+        seen=seen,
+        published=published,
+        configured=configured,
     )
     return PreparedAgent(
         executor=executor,
         tools=tuple(tool.name for tool in entry.tools),
+        model=entry.model if isinstance(entry.model, str) else None,
         models=seen.models,
         hosted_tools=seen.hosted_tools,
         host_tools=seen.host_tools,
@@ -129,8 +141,9 @@ class AgentExecutor:
         services: AdapterServices,
         seen: Survey,
         published: Mapping[int, str] = _NOTHING,
+        configured: Mapping[int, Agent[Any]] = AS_WRITTEN,
     ) -> None:
-        self._published = published
+        self._published, self._configured = published, configured
         self._agent, self._entry = agent, entry
         self._agent_id, self._options, self._services = agent_id, options, services
         self._max_turns = options.max_turns or services.settings.agent_max_turns
@@ -209,7 +222,9 @@ class AgentExecutor:
             tools=self._services.tools,
             access=self._services.access(),
             hides_foreign_models=self._services.hides_foreign_models(),
+            decided=self._services.metrics.access_decided,
             published=self._published,
+            configured=self._configured,
         )
         level = Level(scope, client_tools=frozenset(tool.name for tool in tools))
         settings = RequestSettings(request, self._options.max_completion_tokens)

@@ -11,7 +11,7 @@ import copy
 import functools
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,8 @@ _HOST: tuple[tuple[type[Any], str], ...] = (
     (ComputerTool, "computer"),
 )
 _MARK = "__gateway_observed__"
+AS_WRITTEN: Mapping[int, Agent[Any]] = {}
+"""No agent that the operator says something of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +97,15 @@ def reachable_agents(entry: Agent[Any]) -> tuple[Agent[Any], ...]:
     return tuple(found.values())
 
 
-def survey(entry: Agent[Any]) -> Survey:
-    """Look at an agent and everything it reaches; change nothing."""
+def survey(entry: Agent[Any], configured: Mapping[int, Agent[Any]] = AS_WRITTEN) -> Survey:
+    """Look at an agent and everything it reaches; change nothing. ``configured`` run instead of others, by their id."""
     agents = reachable_agents(entry)
+    run = [configured.get(id(agent), agent) for agent in agents]
     servers = {id(server): server for agent in agents for server in agent.mcp_servers}
     return Survey(
         agents=agents,
-        models=tuple((a.name, a.model) for a in agents if a.model is None or isinstance(a.model, str)),
-        brings_own_model=tuple(a.name for a in agents if isinstance(a.model, Model)),
+        models=tuple((a.name, a.model) for a in run if a.model is None or isinstance(a.model, str)),
+        brings_own_model=tuple(a.name for a in run if isinstance(a.model, Model)),
         hosted_tools=tuple((a.name, kind) for a in agents for kind in _hosted_kinds(a)),
         host_tools=tuple((a.name, kind) for a in agents for tool in a.tools if (kind := _host_kind(tool))),
         duplicate_tools=tuple((a.name, name) for a in agents for name in _duplicates(own_tool_names(a))),

@@ -27,14 +27,14 @@ from openai.types.responses.response_create_params import ResponseCreateParamsNo
 from gateway.chat import ChatRequest, FunctionMessage
 from gateway.errors import AgentFailed, ConfigError, UnsupportedParameter, UnsupportedValue
 from gateway.events import FinishReason, Usage
+from gateway.model_settings import ModelSettings as OperatorSettings
+from gateway.routing.routed import RoutedUpstream
 from sdk_adapter.clients import UpstreamClient
+from sdk_adapter.model_choice import PLACEHOLDER_MODEL, bind_model
 from sdk_adapter.scope import Level, current_level
 
 if TYPE_CHECKING:
     from gateway.routing.targets import Binding, ModelTable
-
-PLACEHOLDER_MODEL = "gateway-default"
-"""Stands where the SDK would assume a GPT-5 model, and its settings, for agents that name no model."""
 
 _RESPONSES_FIELDS = frozenset(ResponseCreateParamsNonStreaming.__annotations__)
 
@@ -70,21 +70,25 @@ class GatewayProvider(ModelProvider):
 
         Raises the table's own errors (`UnknownModel`, `UnknownUpstream`), whose message says how to mend it.
         """
-        if model_name == PLACEHOLDER_MODEL:
-            model_name = None
         level = current_level()
         if level is None:
-            binding = self._upstreams().resolve(model_name)
+            binding = bind_model(self._upstreams(), model_name, upstream=None, default_model=None)
         else:
             scope = level.scope
             try:
-                binding = scope.table.resolve(model_name, upstream=scope.upstream, default_model=scope.default_model)
+                binding = bind_model(
+                    scope.table,
+                    model_name,
+                    upstream=scope.upstream,
+                    default_model=scope.default_model,
+                    pinned=scope.run.upstream,
+                )
             except ConfigError as error:
                 if scope.run.upstream is None:
                     raise
                 raise UnsupportedValue(f"'x-gateway-upstream' cannot be honoured: {error.message}") from error
             scope.served_by = binding.upstream
-        return bound_model(binding, model_name, level)
+        return bound_model(binding, None if model_name == PLACEHOLDER_MODEL else model_name, level)
 
 
 def bound_model(binding: Binding, requested: str | None, level: Level | None) -> GatewayModel:
@@ -98,11 +102,15 @@ def bound_model(binding: Binding, requested: str | None, level: Level | None) ->
     else:
         inner = OpenAIChatCompletionsModel(binding.model, cast(Any, client))
     renamed = requested if requested is not None and requested.rpartition("/")[2] != binding.model else None
-    return GatewayModel(inner, level, client=client, renamed_from=renamed, bound_to=binding.model)
+    filled = binding.upstream.route.settings if isinstance(binding.upstream, RoutedUpstream) else None
+    return GatewayModel(inner, level, client=client, renamed_from=renamed, bound_to=binding.model, settings=filled)
 
 
 class GatewayModel(Model):
-    """A model call of a run, counted and bounded; ``client`` is None around a model that the author brought."""
+    """A model call of a run, counted and bounded; ``client`` is None around a model that the author brought.
+
+    ``settings`` are the operator's for the model's name: they hold where neither request nor agent says anything.
+    """
 
     def __init__(
         self,
@@ -112,7 +120,9 @@ class GatewayModel(Model):
         client: UpstreamClient | None = None,
         renamed_from: str | None = None,
         bound_to: str = "",
+        settings: OperatorSettings | None = None,
     ) -> None:
+        self._filled = settings.given() if settings is not None else {}
         self.inner = inner
         self._level = level
         self._client = client
@@ -198,9 +208,9 @@ class GatewayModel(Model):
         return level
 
     def _settings(self, settings: ModelSettings) -> ModelSettings:
-        changes: dict[str, Any] = {}
-        if self._client is not None and not settings.include_usage:
-            changes["include_usage"] = True
+        changes: dict[str, Any] = {
+            name: value for name, value in self._filled.items() if getattr(settings, name) is None
+        }
         if self._renamed_from is not None and not gpt_5_reasoning_settings_required(self._bound_to):
             implicit = get_default_model_settings(self._renamed_from)
             asked = self._request()

@@ -51,6 +51,7 @@ def main(arguments: list[str]) -> None:
         _check_once()
         return
     with socket.socket(fileno=int(arguments[0])) as connection:
+        connection.set_inheritable(False)
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         _Server(connection).serve()
 

@@ -10,20 +10,25 @@ from typing import Any
 
 from agents import Agent
 
-from gateway.registry.entry import AgentEntry, AgentOptions, Diagnostic
+from gateway.errors import ConfigError
+from gateway.model_settings import CHAT_ALONE
+from gateway.registry.entry import AgentEntry, AgentOptions, Diagnostic, ModelConfig
 from gateway.registry.loading import Declaration, DropIn, LoadedGeneration, LoadFailed
 from gateway.registry.policy import ModulePolicy
 from gateway.registry.registry import slugify
 from gateway.routing.routed import RoutedUpstream
 from gateway.routing.targets import Binding, ModelTable
 from gateway.tools.table import ToolTable
-from gateway.upstreams.table import UnknownModel, UnknownUpstream
+from gateway.upstreams.table import UnknownUpstream
 from sdk_adapter.building import Built, build, check_policy
+from sdk_adapter.cloning import as_configured
 from sdk_adapter.declarative import build_declared
 from sdk_adapter.diagnosis import diagnose
 from sdk_adapter.executor import PreparedAgent, prepare_agent
 from sdk_adapter.exports import Export, Outline
+from sdk_adapter.instrument import AS_WRITTEN
 from sdk_adapter.mcp_servers import load_pool
+from sdk_adapter.model_choice import ChosenModel, bind_model, changes_model
 from sdk_adapter.modules import DropInFinder
 from sdk_adapter.runner import install
 from sdk_adapter.services import AdapterServices
@@ -43,6 +48,7 @@ class Published:
     agent: Agent[Any]
     prepared: PreparedAgent
     attribute: str | None = None
+    config: ModelConfig | None = None
 
 
 async def publish_dropin(
@@ -81,8 +87,9 @@ async def publish_dropin(
     try:
         named = [_named(export, agent, dropin, built, declaration) for export, agent in built.agents]
         published = {id(item.agent): item.id for item in named}
+        configured = _configured(named)
         for item in named:
-            ready = await _publish(item, dropin, services, published)
+            ready = await _publish(item, dropin, services, published, configured)
             opened.append(ready)
         files = {**expected, **built.generation.files}
         found = (*warnings, *(item for item in built.warnings if item.code not in {w.code for w in warnings}))
@@ -110,9 +117,8 @@ async def publish_declared(declaration: Declaration, number: int, services: Adap
     """Make a declarative agent ready; raise `LoadFailed`."""
     stand_in = _stand_in(declaration)
     agent = build_declared(declaration)
-    published = await _publish(
-        _Named(declaration.id, declaration.slug, declaration.options, agent, None), stand_in, services
-    )
+    named = _Named(declaration.id, declaration.slug, declaration.options, agent, None, config=declaration.model_config)
+    published = await _publish(named, stand_in, services, configured=_configured((named,)))
     describe = _describer((published,), stand_in, number, services, (), declaration)
     opened = [published]
 
@@ -134,27 +140,47 @@ class _Named:
     options: AgentOptions
     agent: Agent[Any]
     attribute: str | None
+    config: ModelConfig | None = None
+
+
+def _configured(named: Sequence[_Named]) -> Mapping[int, Agent[Any]]:
+    return {
+        id(item.agent): as_configured(item.agent, item.options, item.config)
+        for item in named
+        if item.config is not None
+    }
 
 
 def _named(export: Export, agent: Agent[Any], dropin: DropIn, built: Built, declaration: Declaration | None) -> _Named:
     if declaration is not None:
-        return _Named(declaration.id, declaration.slug, declaration.options, agent, export.attribute)
+        config = declaration.model_config
+        return _Named(declaration.id, declaration.slug, declaration.options, agent, export.attribute, config)
     options = built.options
     if options.upstream is None and dropin.default_upstream is not None:
         options = replace(options, upstream=dropin.default_upstream)
     if options.model is None and agent.model is None and dropin.default_model is not None:
         options = replace(options, model=dropin.default_model)
     slug = dropin.slug if export.suffix is None else f"{dropin.slug}-{slugify(export.suffix) or 'agent'}"
-    return _Named(f"{options.namespace or dropin.namespace}/{slug}", slug, options, agent, export.attribute)
+    agent_id = f"{options.namespace or dropin.namespace}/{slug}"
+    return _Named(agent_id, slug, options, agent, export.attribute, dict(dropin.model_config).get(agent_id))
 
 
 async def _publish(
-    named: _Named, dropin: DropIn, services: AdapterServices, published: Mapping[int, str] = _NOTHING
+    named: _Named,
+    dropin: DropIn,
+    services: AdapterServices,
+    published: Mapping[int, str] = _NOTHING,
+    configured: Mapping[int, Agent[Any]] = AS_WRITTEN,
 ) -> Published:
     try:
         await load_pool(named.agent)
         prepared = prepare_agent(
-            named.agent, agent_id=named.id, options=named.options, services=services, published=published
+            named.agent,
+            agent_id=named.id,
+            options=named.options,
+            services=services,
+            published=published,
+            configured=configured,
         )
         await prepared.executor.open()
     except Exception as error:
@@ -167,7 +193,7 @@ async def _publish(
                 line=Outline(dropin).line_of(named.attribute) if named.attribute else None,
             )
         ) from error
-    return Published(named.id, named.slug, named.options, named.agent, prepared, named.attribute)
+    return Published(named.id, named.slug, named.options, named.agent, prepared, named.attribute, named.config)
 
 
 async def _close(opened: Sequence[Published]) -> None:
@@ -207,7 +233,7 @@ def _row(
 ) -> AgentEntry:
     namespace = item.id.partition("/")[0]
     has_own = item.agent.name in item.prepared.brings_own_model
-    upstream, model = _shown(None if has_own else _bind(item, item.agent.model, table, services))
+    upstream, model = _shown(None if has_own else _bind(item, item.prepared.model, table, services))
     row = AgentEntry(
         id=item.id,
         namespace=namespace,
@@ -223,6 +249,7 @@ def _row(
         tools=item.prepared.tools,
         aliases=_aliases(item.agent.name, namespace, item.slug),
         options=item.options,
+        model_config=item.config,
         generation=number,
         file=dropin.label,
         diagnostics=diagnostics,
@@ -274,13 +301,26 @@ def _problems(item: Published, dropin: DropIn, table: ModelTable, services: Adap
     for agent, model in item.prepared.models:
         try:
             bindings[agent] = _bind(item, model, table, services)
-        except (UnknownUpstream, UnknownModel) as error:
+        except ConfigError as error:
             code = "unknown_upstream" if isinstance(error, UnknownUpstream) else "unknown_model"
             message, _, fix = error.message.rpartition(". ")
+            if isinstance(model, ChosenModel):
+                if model is item.prepared.model:  # another agent's is told of that one
+                    yield _misconfigured(item, dropin, code, f"{message}.", fix)
+                continue
             line = outline.line_of_option("upstream") if code == "unknown_upstream" else outline.line_of_text(model)
             yield diagnose(dropin, code, f"Agent '{agent}': {message}.", fix, line=line or at)
             if code == "unknown_upstream":
                 return
+    if item.config is not None and changes_model(item.config) and item.prepared.model is None:
+        yield _misconfigured(
+            item,
+            dropin,
+            "own_model",
+            f"The agent '{item.agent.name}' brings a model object of its own, without upstream and fallbacks.",
+            "Add model, which takes its place, or leave these keys out.",
+        )
+    yield from _unsupported_settings(item, dropin, bindings)
     for agent, kind in item.prepared.hosted_tools:
         binding = bindings.get(agent)
         if binding is None or _serves_hosted(binding, kind):
@@ -324,6 +364,31 @@ def _problems(item: Published, dropin: DropIn, table: ModelTable, services: Adap
         )
 
 
+def _misconfigured(
+    item: Published, dropin: DropIn, code: str, message: str, fix: str, *, is_warning: bool = False
+) -> Diagnostic:
+    """Return a diagnostic about what the operator says of an agent's model."""
+    words = f"model_config of '{item.id}': {message}"
+    return diagnose(dropin, code, words, fix, file="agents.yaml", is_warning=is_warning)
+
+
+def _unsupported_settings(item: Published, dropin: DropIn, bindings: Mapping[str, Binding]) -> Iterator[Diagnostic]:
+    """Yield a warning where the operator's settings have no place in the API that the agent's upstream speaks."""
+    binding = bindings.get(item.agent.name)
+    if item.config is None or binding is None or binding.upstream.api != "responses":
+        return
+    lost = [name for name in CHAT_ALONE if name in item.config.given()]
+    if lost:
+        yield _misconfigured(
+            item,
+            dropin,
+            "setting_unsupported",
+            f"The upstream '{binding.upstream.name}' speaks the Responses API, which has no {' and no '.join(lost)}.",
+            "Leave it out, or have the upstream's api set to chat.",
+            is_warning=True,
+        )
+
+
 def _mcp_troubles(item: Published, dropin: DropIn) -> Iterator[Diagnostic]:
     """Yield the MCP servers that cannot be reached now; the next run that needs one tries again."""
     for server, why in item.prepared.executor.mcp_failures().items():
@@ -337,13 +402,10 @@ def _mcp_troubles(item: Published, dropin: DropIn) -> Iterator[Diagnostic]:
         )
 
 
-def _bind(item: Published, model: Any, table: ModelTable, services: AdapterServices) -> Binding:
+def _bind(item: Published, model: str | None, table: ModelTable, services: AdapterServices) -> Binding:
     """Resolve a model name as a run of the agent would."""
-    name = model if isinstance(model, str) else None
     default = item.options.model or services.settings.default_model
-    if item.agent.model is model and item.options.model is not None:
-        name = item.options.model
-    return table.resolve(name, upstream=item.options.upstream, default_model=default)
+    return bind_model(table, model, upstream=item.options.upstream, default_model=default)
 
 
 def _shown(binding: Binding | None) -> tuple[str | None, str | None]:

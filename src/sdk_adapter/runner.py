@@ -20,7 +20,8 @@ from sdk_adapter.cloning import RunClones
 from sdk_adapter.failures import mark_inner
 from sdk_adapter.identities import quick_identities
 from sdk_adapter.instrument import is_default_provider
-from sdk_adapter.models import PLACEHOLDER_MODEL, GatewayProvider
+from sdk_adapter.model_choice import PLACEHOLDER_MODEL
+from sdk_adapter.models import GatewayProvider
 from sdk_adapter.scope import Level, current_level, enter_level
 from sdk_adapter.services import AdapterServices
 from sdk_adapter.stopping import StoppingRunner

@@ -39,9 +39,11 @@ MODEL_CALLS_PER_TURN = 10
 class RunScope:
     """Shared by every level of one run.
 
-    ``call_ids`` are those of all tool calls so far. ``finished`` turns True when the answer is complete: author code
-    that goes on in the background from then on uses the current upstreams instead of this run's. ``served_by`` is what
-    the latest model was bound to. ``published`` has the model ids of the drop-in's agents, by the `id` of the object.
+    ``decided`` is told of decisions on agents that are reached. ``call_ids`` are those of all tool calls so far.
+    ``finished`` turns True when the answer is complete: author code that goes on in the background from then on uses
+    the current upstreams instead of this run's. ``served_by`` is what the latest model was bound to. ``published`` has
+    the model ids of the drop-in's agents, by the `id` of the object, ``configured`` those of them that the operator
+    says something of, as they are to run.
     """
 
     run: Run
@@ -54,7 +56,9 @@ class RunScope:
     meter: Meter = field(default_factory=Meter)
     access: AccessList = field(default_factory=AccessList)
     published: Mapping[int, str] = field(default_factory=dict)
+    configured: Mapping[int, object] = field(default_factory=dict)
     hides_foreign_models: bool = False
+    decided: Callable[[str, bool], None] = lambda kind, allowed: None
     tools: ToolManager | None = None
     budget: RunBudget = field(default_factory=RunBudget)
     usage: Usage = field(default_factory=Usage)
@@ -92,7 +96,11 @@ class RunScope:
     def authorize(self, agent: object) -> None:
         """Raise `ModelNotAllowed` for an agent that is a model of its own and that the run's caller does not reach."""
         model_id = self.published.get(id(agent))
-        if model_id is None or model_id == self.run.model or self.access.allows(self.run.principal, model_id):
+        if model_id is None or model_id == self.run.model:
+            return
+        allowed = self.access.allows(self.run.principal, model_id)
+        self.decided("model", allowed)
+        if allowed:
             return
         if self.hides_foreign_models:
             raise ModelNotAllowed(

@@ -103,9 +103,18 @@ def test_calls_of_two_processes_stand_in_one_ledger(home: tuple[Path, dict[str, 
         assert [(row["key"], row["status"], row["upstream_model"]) for row in mine] == [("chat", "success", "m")]
         assert float(mine[0]["cost_usd"]) == pytest.approx(COST)
         assert mine[0]["run_id"].count("-") == 4 and mine[0]["request_id"]
+        assert usage(one, "end_user=nobody%00")[0]["requests"] == 0, "what no column holds is looked for all the same"
         table = in_terminal(env, "--by", "key,model", "--only", "key=chat").splitlines()
         assert table[0].split()[:3] == ["KEY", "MODEL", "REQUESTS"]
         assert [line.split()[:3] for line in table[1:3]] == [["chat", "default/helper", "1"], ["chat", "first/m", "3"]]
+        upstream.clear()
+        upstream.enqueue(Answer(text="Hi.", usage=USED))
+        talk = [{"role": "user", "content": "Hello"}]
+        hostile = {"model": "first/m", "user": "\x1b[31mann\x07\nfake  9  9", "messages": talk}
+        assert one.post("/v1/chat/completions", hostile).status == 200
+        wait_for(lambda: len(usage(one, "group_by=end_user")) == 2, what="it is written")
+        table = in_terminal(env, "--by", "end_user").splitlines()
+        assert len(table) == 3 and "\ufffd[31mann\ufffd\ufffdfake  9  9" in "".join(table), "no name steers a terminal"
         printed = json.loads(in_terminal(env, "--by", "day", "--json"))
         assert printed["data"] == usage(one, "group_by=day")
         assert in_terminal(env, "--to", "2020-01-02", "--from", "2020-01-01").startswith("Nothing was used")

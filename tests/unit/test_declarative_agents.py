@@ -54,7 +54,7 @@ agents:
                timeout_s: 9, max_depth: 0, max_model_calls: 4, max_tool_calls: 5, max_total_tokens: 6,
                max_cost_usd: 0.5}
 """
-    (first, second), defaults = load_declarations(Settings(agent_config=write(tmp_path, "agents.yaml", text)))
+    (first, second), defaults, _ = load_declarations(Settings(agent_config=write(tmp_path, "agents.yaml", text)))
     assert (first.id, first.options.upstream, first.options.model, first.line) == (
         "house/night-porter",
         "local",
@@ -75,6 +75,9 @@ agents:
     [
         ("agents:\n  - {name: a}\n", "agents.yaml:2: agent 'a': instructions are missing"),
         ("agents:\n  - {name: a, kind: sdk}\n", "module is missing"),
+        ("model_config: {weather: {temperature: 1}}\n", "'weather' is no id of an agent"),
+        ("model_config: {default/weather: {temperature: 3}}\n", "temperature: Expected 'float' <= 2.0"),
+        ("model_config: {default/weather: {temprature: 1}}\n", "did you mean 'temperature'"),
         ("agents:\n  - {name: a, instructions: x, module: 'm:a'}\n", "kind: sdk"),
         ("agents:\n  - {name: a, instructions: x, tools: [a b]}\n", "'a b' is no name of a tool"),
         ("agents:\n  - {name: a, kind: sdk, module: 'no.such.module:agent'}\n", "'no.such.module' is not found"),

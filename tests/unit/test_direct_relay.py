@@ -113,6 +113,26 @@ def test_a_stream_has_the_chunks_and_the_end_of_its_events(
     asyncio.run(main())
 
 
+def test_events_that_arrive_together_leave_together(scripted: ScriptedUpstream) -> None:
+    """Each in a chunk of HTTP of its own, as servers send them: a busy gateway finds several in one read."""
+    gate = scripted.gate()
+    together = b"".join(map(frame, [B, C, STOP, DONE])) + LAST
+
+    async def main() -> None:
+        run, client = run_of(stream=True), Client()
+        async with connected(scripted.base_url) as upstream:
+            executor = RelayExecutor(ModelBinding(upstream, "m"))
+            scripted.enqueue(Answer(steps=lambda _: [STREAM_HEAD, frame(A), gate.event, together]))
+            piping = asyncio.ensure_future(executor.pipe(run, client, ignored))
+            await until(lambda: bool(client.pushes))
+            gate.open()
+            await piping
+        assert [len(chunks) for chunks in client.pushes] == [1, 3]
+        assert client.text == "abc"
+
+    asyncio.run(main())
+
+
 def test_a_whole_answer_is_that_of_its_events(scripted: ScriptedUpstream) -> None:
     async def main() -> None:
         run = run_of(stream=False)

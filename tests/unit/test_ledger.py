@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -147,6 +148,10 @@ def test_sums_by_any_group_are_exact_and_come_in_pages(url: str) -> None:
             assert (total.cost, total.calls_without_cost, total.tokens["input_tokens"]) == (2 * dear + 1, 1, 7)
             by_key = await ask(ledger, **ALWAYS, group_by=("key",), only={})
             assert [(g.group["key"], g.requests) for g in by_key.groups] == [("alice", 1), ("bob", 2), ("carol", 1)]
+            used = [group.record() for group in by_key.groups]
+            assert [record["avg_tokens_per_request"] for record in used] == [2.0, 4.0, 0.0]
+            last = datetime.fromisoformat(used[1]["last_used_at"]).timestamp()
+            assert abs(last - time.time()) < 60
             page = await ask(ledger, **(ALWAYS | {"limit": 1, "offset": 1}), group_by=("key",), only={})
             assert [g.group for g in page.groups] == [{"key": "bob"}]
             assert page.has_more

@@ -17,7 +17,8 @@ from pydantic import BaseModel
 from gateway.errors import UnsupportedParameter, UpstreamError, UpstreamIncomplete, UpstreamMalformed
 from gateway.events import ReasoningDelta, RefusalDelta, Usage
 from sdk_adapter.clients import UpstreamClient
-from sdk_adapter.models import PLACEHOLDER_MODEL, GatewayProvider
+from sdk_adapter.model_choice import PLACEHOLDER_MODEL
+from sdk_adapter.models import GatewayProvider
 from tests.unit.sdk_fakes import FakeTable, FakeUpstream, Reply, World, run_async
 
 

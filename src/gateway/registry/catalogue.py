@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import itertools
 import logging
 import re
@@ -19,7 +20,7 @@ from gateway.config import ConfigFile, Settings, reading_config
 from gateway.errors import ConfigError
 from gateway.observability.logs import log_event
 from gateway.observability.metrics import Metrics
-from gateway.registry.declarations import DeclaredDefaults, load_declarations
+from gateway.registry.declarations import Declared, load_declarations
 from gateway.registry.discovery import discover
 from gateway.registry.entry import AgentEntry, Diagnostic
 from gateway.registry.loading import AgentLoader, Declaration, DropIn, LoadedGeneration, LoadFailed
@@ -69,9 +70,10 @@ class AgentCatalogue:
         self._metrics = metrics
         self._slots: dict[str, Slot] = {}
         self._file_problem: Diagnostic | None = None
+        self._strangers: dict[str, Diagnostic] = {}
         self.declared_in: Mapping[str, ConfigFile] = {}
         """The file that the declared agents are from, as it was read."""
-        self._declared: tuple[tuple[Declaration, ...], DeclaredDefaults] = ((), DeclaredDefaults())
+        self._declared = Declared()
         self._registry = Registry()
         self._errors: deque[Diagnostic] = deque(maxlen=_KEPT_ERRORS)
         self._rejections: frozenset[str] = frozenset()
@@ -111,7 +113,7 @@ class AgentCatalogue:
 
     @property
     def _namespace(self) -> str:
-        return self._declared[1].namespace or self._settings.default_namespace
+        return self._declared.defaults.namespace or self._settings.default_namespace
 
     def recent_errors(self) -> Sequence[Diagnostic]:
         """Return the last 200 diagnostics of failed loads, newest first."""
@@ -201,11 +203,16 @@ class AgentCatalogue:
             self.declared_in = reading.files
         except (ConfigError, OSError) as error:
             problem = _file_diagnostic(error)
-        declarations, defaults = self._declared
+        declarations, defaults, models = self._declared
         for declaration in declarations:
             sources[f"yaml:{declaration.id}"] = Source(declaration)
         for found in discover(self._roots, self._namespace):
-            dropin = replace(found.dropin, default_upstream=defaults.upstream, default_model=defaults.model)
+            dropin = replace(
+                found.dropin,
+                default_upstream=defaults.upstream,
+                default_model=defaults.model,
+                model_config=tuple((id_, item) for id_, item in models.items() if found.dropin.may_publish(id_)),
+            )
             sources[f"file:{dropin.file}"] = Source(dropin, found.problem)
         changed = []
         for key, source in sources.items():
@@ -359,6 +366,7 @@ class AgentCatalogue:
             return
         self._tracked = None
         self._published_at = asyncio.get_running_loop().time()
+        self._report_strangers()
         registry = Registry.build(self._rows())
         self._report_rejections(registry)
         if registry.ordered == self._registry.ordered:
@@ -372,9 +380,24 @@ class AgentCatalogue:
         """Return all rows; of two with one id the first is served: YAML, then what serves longest, then errors."""
         ranked = [(slot.rank(), row) for slot in self._slots.values() for row in slot.rows()]
         rows = [row for _, row in sorted(ranked, key=lambda pair: pair[0])]
-        if self._file_problem is not None:
-            rows.append(_file_row(self._file_problem, self._namespace))
+        problems = (*([self._file_problem] if self._file_problem is not None else []), *self._strangers.values())
+        if problems:
+            rows.append(_file_row(problems, self._namespace))
         return rows
+
+    def _report_strangers(self) -> None:
+        """Note which entries of ``model_config`` are for agents that do not exist; a load under way may bring one."""
+        slots = list(self._slots.values())
+        known = {row.id for slot in slots for row in slot.entries}
+        awaited = [slot.source for slot in slots if not slot.entries]
+        found = {}
+        for name in self._declared.model_config:
+            if name in known or any(name == item.id or _may_publish(item, name) for item in awaited):
+                continue
+            found[name] = self._strangers.get(name) or _stranger(name, known)
+            if name not in self._strangers:
+                self._report(found[name], "agent.config.failed")
+        self._strangers = found
 
     def _report_rejections(self, registry: Registry) -> None:
         seen = {f"{entry.id} {entry.file}": entry for entry in registry.rejected}
@@ -417,20 +440,38 @@ class _Request:
     task: asyncio.Task[RefreshReport] | None = None
 
 
-def _file_row(problem: Diagnostic, namespace: str) -> AgentEntry:
-    """Return the row that shows a broken `agents.yaml`; its id is no model's."""
+def _may_publish(source: DropIn | Declaration, model_id: str) -> bool:
+    return isinstance(source, DropIn) and source.may_publish(model_id)
+
+
+def _stranger(name: str, known: Iterable[str]) -> Diagnostic:
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"Did you mean '{near[0]}'? " if near else ""
+    return Diagnostic(
+        kind="validation",
+        code="unknown_agent",
+        message=f"model_config names the agent '{name}', which there is not.",
+        fix=f"{hint}Correct the id, or remove the entry; GET /agents lists all.",
+        file="agents.yaml",
+        occurred_at=time.time(),
+    )
+
+
+def _file_row(problems: tuple[Diagnostic, ...], namespace: str) -> AgentEntry:
+    """Return the row that shows what is wrong with `agents.yaml`; its id is no model's."""
+    name = problems[0].file
     return AgentEntry(
-        id=f"{namespace}/{problem.file}",
+        id=f"{namespace}/{name}",
         namespace=namespace,
-        name=problem.file,
-        display_name=problem.file,
+        name=name,
+        display_name=name,
         kind="declarative",
         source="yaml",
         created=0,
         executor=None,
         status="error",
-        file=problem.file,
-        diagnostics=(problem,),
+        file=name,
+        diagnostics=problems,
     )
 
 

@@ -10,14 +10,18 @@ agents:
   - name: research
     kind: sdk
     module: "acme.agents.research:agent"
+model_config:
+  default/weather: {model: qwen3-8b, temperature: 0.2}
 ```
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import yaml
 from msgspec import Meta, Struct
@@ -25,10 +29,11 @@ from msgspec import Meta, Struct
 from gateway.config import Settings, config_text, load_yaml
 from gateway.errors import ConfigError
 from gateway.registry.discovery import module_folder
-from gateway.registry.entry import AgentOptions
+from gateway.registry.entry import AgentOptions, ModelConfig
 from gateway.registry.loading import Declaration, DropIn
 from gateway.registry.registry import slugify
 
+_AGENT_ID = re.compile(r"[a-z0-9-]+/[a-z0-9-]+")
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}$")]
@@ -78,15 +83,24 @@ class DeclaredAgent(Struct, frozen=True, kw_only=True):
 
 
 class AgentsConfig(Struct, frozen=True, kw_only=True):
-    """The file."""
+    """The file. ``model_config`` is by model id, for agents of this file and drop-ins alike."""
 
     version: Literal[1] = 1
     defaults: DeclaredDefaults = DeclaredDefaults()
     agents: tuple[DeclaredAgent, ...] = ()
+    model_config: dict[str, ModelConfig] = {}
 
 
-def load_declarations(settings: Settings) -> tuple[tuple[Declaration, ...], DeclaredDefaults]:
-    """Return the agents of `agents.yaml` with defaults applied, and the defaults; raise `ConfigError`."""
+class Declared(NamedTuple):
+    """What `agents.yaml` says: its agents with defaults applied, the defaults, and the models of agents by id."""
+
+    agents: tuple[Declaration, ...] = ()
+    defaults: DeclaredDefaults = DeclaredDefaults()
+    model_config: Mapping[str, ModelConfig] = {}
+
+
+def load_declarations(settings: Settings) -> Declared:
+    """Return what `agents.yaml` says; raise `ConfigError`."""
     path = settings.config_file("agents.yaml")
     config = load_yaml(path, AgentsConfig) if path is not None else AgentsConfig()
     defaults = DeclaredDefaults(
@@ -95,19 +109,29 @@ def load_declarations(settings: Settings) -> tuple[tuple[Declaration, ...], Decl
         model=config.defaults.model,
     )
     if path is None:
-        return (), defaults
+        return Declared((), defaults)
+    models = {_agent_id(name, path): config for name, config in config.model_config.items()}
     lines = _lines(path)
     created = int(path.stat().st_mtime) if path.exists() else 0
     declarations: dict[str, Declaration] = {}
     for index, agent in enumerate(config.agents):
         line = lines[index] if index < len(lines) else 1
         found = _declare(agent, defaults, path, line, created)
+        found = replace(found, model_config=models.get(found.id))
         twin = declarations.setdefault(found.id, found)
         if twin is not found:
             raise ConfigError(
                 f"{path.name}:{line}: the name '{found.id}' is taken by the agent at line {twin.line}; rename one."
             )
-    return tuple(declarations.values()), defaults
+    return Declared(tuple(declarations.values()), defaults, models)
+
+
+def _agent_id(name: str, path: Path) -> str:
+    if not _AGENT_ID.fullmatch(name):
+        raise ConfigError(
+            f"{path.name}: model_config: '{name}' is no id of an agent; write it as GET /agents does: namespace/name."
+        )
+    return name
 
 
 def _declare(agent: DeclaredAgent, defaults: DeclaredDefaults, path: Path, line: int, created: int) -> Declaration:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from gateway.events import RunEvent
+from gateway.model_settings import ModelSettings
 
 DiagnosticKind = Literal["import", "dependency", "validation", "security"]
 ClientTools = Literal["merge", "ignore", "refuse"]
@@ -61,6 +62,17 @@ class AgentOptions:
     stream_mode: StreamMode = "auto"
 
 
+class ModelConfig(ModelSettings, frozen=True, kw_only=True, omit_defaults=True):
+    """What the operator says of one agent's model, over what its author wrote; None leaves that as it is.
+
+    ``upstream`` and ``model`` are as everywhere an agent names them; ``fallbacks`` are names of models that stand in.
+    """
+
+    upstream: str | None = None
+    model: str | None = None
+    fallbacks: tuple[str, ...] = ()
+
+
 class EntryExecutor(Protocol):
     """The part of `gateway.run.Executor` a registry needs to know: it is carried, never called, here."""
 
@@ -76,7 +88,8 @@ class AgentEntry:
     ``id`` is ``namespace/slug``. ``model`` is the upstream model that the entry agent resolves to. ``created`` is
     the file's modification time in epoch seconds. ``executor`` is None exactly when ``status`` is ``error``.
     ``file`` is relative to the discovery root and shown to admins only. ``watch`` tells what is wrong at this moment
-    and may mend itself, such as an MCP server that cannot be reached; `list_diagnostics` asks it.
+    and may mend itself, such as an MCP server that cannot be reached; `list_diagnostics` asks it. ``model_config`` is
+    what the operator says of its model, which is in all that stands here.
     """
 
     id: str
@@ -94,6 +107,7 @@ class AgentEntry:
     aliases: tuple[str, ...] = ()
     owned_by: str = "agent-gateway"
     options: AgentOptions = field(default_factory=AgentOptions)
+    model_config: ModelConfig | None = None
     status: Status = "ready"
     generation: int = 0
     content_hash: str = ""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from gateway.registry.entry import AgentEntry, AgentOptions, Diagnostic
+from gateway.registry.entry import AgentEntry, AgentOptions, Diagnostic, ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,8 @@ class DropIn:
     (the root itself for a single file). ``label`` is the file's path relative to the root, with ``/``: the only
     spelling of it that is shown. ``module`` is set for ``kind: sdk`` agents of `agents.yaml`, whose code is imported
     by that name; ``attribute`` then names the export. ``default_upstream`` and ``default_model`` come from the defaults
-    of `agents.yaml`, for agents that name none.
+    of `agents.yaml`, for agents that name none; ``model_config`` are its entries, by model id, that may be meant for an
+    agent of this file.
     """
 
     namespace: str
@@ -31,11 +32,17 @@ class DropIn:
     attribute: str | None = None
     default_upstream: str | None = None
     default_model: str | None = None
+    model_config: tuple[tuple[str, ModelConfig], ...] = ()
 
     @property
     def id(self) -> str:
         """``namespace/slug``: the model id, unless ``__gateway__`` names another namespace."""
         return f"{self.namespace}/{self.slug}"
+
+    def may_publish(self, model_id: str) -> bool:
+        """Whether an agent of this file may come to have that id: its namespace is known when it has been read."""
+        name = model_id.partition("/")[2]
+        return name == self.slug or name.startswith(f"{self.slug}-")
 
     @property
     def is_single_file(self) -> bool:
@@ -47,7 +54,7 @@ class DropIn:
 class Declaration:
     """One agent of `agents.yaml`, defaults applied. ``dropin`` is set for ``kind: sdk``, and None for declarative.
 
-    ``tools`` are names of the gateway's tools.
+    ``tools`` are names of the gateway's tools; ``model_config`` is the entry for it.
     """
 
     namespace: str
@@ -61,6 +68,7 @@ class Declaration:
     tool_choice: str | None = None
     tools: tuple[str, ...] = ()
     owned_by: str | None = None
+    model_config: ModelConfig | None = None
     dropin: DropIn | None = None
 
     @property

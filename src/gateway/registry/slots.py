@@ -65,7 +65,7 @@ def hash_source(source: Source, before: Mapping[Path, str]) -> dict[Path, str]:
         hashes = {Path(f"#{value.id}"): hashlib.sha256(repr(same).encode()).hexdigest()}
         dropin = value.dropin
     else:
-        hashes = {Path(f"#{value.id}"): f"{value.default_upstream} {value.default_model}"}
+        hashes = {Path(f"#{value.id}"): _identity(value)}
         dropin = value
     if source.problem is not None:
         return {**hashes, Path("#problem"): source.problem.code}
@@ -80,10 +80,14 @@ def is_concerned(source: Source, before: Mapping[Path, str], paths: Collection[P
     value = source.value
     if isinstance(value, Declaration) or (Path(f"#{value.id}") not in before):
         return True
-    identity = f"{value.default_upstream} {value.default_model}"
-    if before[Path(f"#{value.id}")] != identity or (Path("#problem") in before) != bool(source.problem):
+    if before[Path(f"#{value.id}")] != _identity(value) or (Path("#problem") in before) != bool(source.problem):
         return True
     return any(path in before or path.is_relative_to(value.folder) for path in paths)
+
+
+def _identity(value: DropIn) -> str:
+    """Return what a drop-in is given by others than its files."""
+    return f"{value.default_upstream} {value.default_model} {value.model_config}"
 
 
 def content_hash(hashes: Mapping[Path, str]) -> str:

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from gateway.chat import CHAT_PATH
 from gateway.errors import GatewayError, UpstreamUnavailable
+from gateway.model_settings import ModelSettings
 from gateway.observability.logs import log_event
 from gateway.routing.bodies import with_max_tokens_as, with_model
 from gateway.routing.budget import HEDGE
@@ -59,6 +60,7 @@ class Route:
     """What a model name means: its candidates, who stands in for them, and how they are asked.
 
     ``name`` is for people. ``model`` is the name that request bodies carry when they come in: the first candidate's.
+    ``settings`` are for whoever makes the body, where the request does not say.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Route:
     strategy: Strategy = "priority"
     fallbacks: Mapping[Fallback, tuple[Candidate, ...]] | None = None
     hedge: HedgeRules | None = None
+    settings: ModelSettings | None = None
 
     @property
     def model(self) -> str:

@@ -9,6 +9,7 @@ models:
       - {model: openai/gpt-5-mini, weight: 3}
       - {model: local/qwen3-8b}
     context_length_fallbacks: [openai/gpt-5]
+    settings: {temperature: 0.2}
 ```
 """
 
@@ -23,6 +24,7 @@ from msgspec import Meta, Struct
 
 from gateway.config import Settings, load_yaml
 from gateway.errors import ConfigError
+from gateway.model_settings import ModelSettings
 
 Strategy = Literal["priority", "weighted", "least_busy", "lowest_latency"]
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}\Z")
@@ -92,7 +94,8 @@ class ModelRouting(Struct, frozen=True, kw_only=True):
     """One model name: a virtual model if it has ``targets``, else what happens when the model of that name fails.
 
     Each list of fallbacks names other models (virtual, or ``upstream/model``), whose targets are tried in order once
-    those of this one have failed; the fallbacks of a fallback are not followed.
+    those of this one have failed; the fallbacks of a fallback are not followed. ``settings`` are for calls of this name
+    that do not say them themselves, whoever answers.
     """
 
     targets: tuple[TargetRow, ...] = ()
@@ -102,6 +105,7 @@ class ModelRouting(Struct, frozen=True, kw_only=True):
     content_policy_fallbacks: tuple[str, ...] = ()
     retry: RetryRules | None = None
     hedge: HedgeRules | None = None
+    settings: ModelSettings | None = None
 
 
 class RoutingConfig(Struct, frozen=True, kw_only=True):

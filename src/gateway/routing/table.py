@@ -6,10 +6,10 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from gateway.errors import UnsupportedValue
+from gateway.errors import ConfigError, UnsupportedValue
 from gateway.observability.logs import log_event
 from gateway.routing.budget import RetryBudget
 from gateway.routing.call import Fallback, Route, RoutingMetrics
@@ -97,23 +97,33 @@ class RouteTable:
 
     def __init__(self, servers: ServerTable, config: RoutingConfig, router: Router) -> None:
         self._servers, self._config, self._router = servers, config, router
-        self._agent_routes: dict[tuple[str | None, str | None, str | None], Route] = {}
+        self._agent_routes: dict[tuple[str | None, str | None, str | None, tuple[str, ...]], Route] = {}
         self._raw_routes: dict[tuple[str, str | None], Route] = {}
         self._created = int(time.time())
         self._listed: frozenset[str] | None = None
 
     def resolve(
-        self, name: str | None, *, upstream: str | None = None, default_model: str | None = None
+        self,
+        name: str | None,
+        *,
+        upstream: str | None = None,
+        default_model: str | None = None,
+        fallbacks: tuple[str, ...] = (),
     ) -> RoutedBinding:
         """Bind the model name of an agent: a virtual model, or what the upstream table makes of it.
 
         A plain model name, or none, may be served by every upstream that lists it, in order of priority; a name with
-        its upstream, an alias or an agent's own ``upstream`` is that upstream's alone. Raises the table's errors.
+        its upstream, an alias or an agent's own ``upstream`` is that upstream's alone. ``fallbacks`` are names, too,
+        and stand instead of those that `routing.yaml` gives the model. Raises the table's errors.
         """
-        key = (name, upstream, default_model)
+        key = (name, upstream, default_model, fallbacks)
         route = self._agent_routes.get(key)
         if route is None:
-            route = self._agent_routes[_room(self._agent_routes, key)] = self._agent_route(*key)
+            route = self._agent_route(name, upstream, default_model)
+            if fallbacks:
+                kinds = {**(route.fallbacks or {}), "any": self._named_stand_ins(fallbacks, route)}
+                route = replace(route, fallbacks=kinds)
+            self._agent_routes[_room(self._agent_routes, key)] = route
         return RoutedBinding.of(route)
 
     def find_model(self, model_id: str, *, upstream: str | None = None) -> RoutedBinding | None:
@@ -223,7 +233,7 @@ class RouteTable:
                 "there. Leave the header out, or name an upstream that serves the model.",
                 param=None,
             )
-        return Route(route.name, mine, route.retry, self._router, self._router.chance, route.strategy)
+        return replace(route, candidates=mine, fallbacks=None, hedge=None)
 
     def _targets(self, rules: ModelRouting) -> list[Candidate]:
         return [found for row in rules.targets if (found := self._find(row.model, row.weight)) is not None]
@@ -253,7 +263,22 @@ class RouteTable:
             rules.strategy,
             fallbacks or None,
             rules.hedge,
+            rules.settings,
         )
+
+    def _named_stand_ins(self, names: Sequence[str], route: Route) -> tuple[Candidate, ...]:
+        """Return what stands in for an agent's model, by names as an agent's; each must be of use."""
+        api = route.candidates[0].target.api
+        found: list[Candidate] = []
+        for name in names:
+            mine = [item for item in self.resolve(name).upstream.route.candidates if item.target.api == api]
+            if not mine:
+                raise ConfigError(
+                    f"The fallback '{name}' cannot stand in for '{route.name}': its upstream does not speak the same "
+                    f"API ({api}). Name a model of an upstream that does."
+                )
+            found += mine
+        return tuple(found)
 
     def _stand_ins(self, names: Sequence[str], first: Candidate, *, agents: bool) -> tuple[Candidate, ...]:
         found: list[Candidate] = []

@@ -267,9 +267,16 @@ class ServerTable(Protocol):
 
 
 class ModelTable(Protocol):
-    """What a model name means: the upstream table, with or without routing on top."""
+    """What a model name means: the upstream table with routing on top."""
 
-    def resolve(self, name: str | None, *, upstream: str | None = None, default_model: str | None = None) -> Binding:
+    def resolve(
+        self,
+        name: str | None,
+        *,
+        upstream: str | None = None,
+        default_model: str | None = None,
+        fallbacks: tuple[str, ...] = (),
+    ) -> Binding:
         """Bind the model name of an agent; raise the table's own error for one that nobody serves."""
         ...
 

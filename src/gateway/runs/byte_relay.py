@@ -74,7 +74,10 @@ def choose_destination(
     table = snapshot.upstreams
     found = table.upstreams.get(upstream) if upstream is not None else table.default
     hidden = snapshot.keyring.hide_foreign_models
-    if found is not None and (principal.is_drop_in or snapshot.access.allows_all(principal, f"{found.name}/")):
+    allowed = principal.is_drop_in or (found is not None and snapshot.access.allows_all(principal, f"{found.name}/"))
+    if found is not None and not principal.is_drop_in:
+        snapshot.metrics.access_decided("upstream", allowed)
+    if found is not None and allowed:
         return Destination(found, f"{found.name}/*", None)
     if found is None or hidden:
         name = f"'{(upstream or '')[:64]}' " if upstream is not None else ""
@@ -96,6 +99,7 @@ def byte_run(
     request_id: str,
     settings: Settings,
     headers: Mapping[str, str] | None = None,
+    end_user: str | None = None,
 ) -> Run:
     """Return the run of one byte relay; ``path`` is the route's template."""
     return Run(
@@ -108,6 +112,7 @@ def byte_run(
         created=int(time.time()),
         deadline_s=settings.run_timeout_s,
         headers=headers or {},
+        end_user=end_user,
     )
 
 

@@ -334,6 +334,7 @@ class Connection(asyncio.Protocol):
         self._progress = False
         self._unproductive = self._read = 0
         self._fields: Any = []
+        self._pieces: list[bytes] = []
         self._lost = False
         self._full: asyncio.Future[None] | None = None
 
@@ -429,8 +430,11 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._hand_on(exchange)
             self._refuse(exchange, f"sent an answer that is not valid HTTP/1.1 ({type(error).__name__})")
             return
+        if self._pieces:
+            self._hand_on(exchange)
         if not self._progress:
             self._unproductive += len(data)
             if self._unproductive > exchange.limits.head_bytes:
@@ -527,11 +531,9 @@ class Connection(asyncio.Protocol):
         exchange.received_head(status, self._length is not None and bool(self._parser.should_keep_alive()))
 
     def on_body(self, data: bytes) -> None:
-        """Pass body bytes on."""
-        exchange = self._exchange
+        """Keep body bytes until all of this read is parsed: a read may hold many small chunks."""
         self._progress = True
-        if exchange is not None and not exchange.complete:
-            exchange.received(data)
+        self._pieces.append(data)
 
     def on_message_complete(self) -> None:
         """Note the end of an answer."""
@@ -541,7 +543,17 @@ class Connection(asyncio.Protocol):
         exchange = self._exchange
         if exchange is not None and exchange.head_complete and not exchange.complete:
             self._progress = True
+            self._hand_on(exchange)
             exchange.finished()
+
+    def _hand_on(self, exchange: Exchange) -> None:
+        pieces = self._pieces
+        if not pieces:
+            return
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
+        if not exchange.complete:
+            exchange.received(data)
 
     def _refuse_head(self, exchange: Exchange) -> None:
         limit = exchange.limits.head_bytes

@@ -189,7 +189,8 @@ class UpstreamTable:
         hint = f" Did you mean '{near[0]}'?" if near else ""
         return (
             f"The model '{name[:128]}' is not served by {where}.{hint} In upstreams.yaml, either add it to models of "
-            f"'{target.name}', or say what it means here under aliases: \"{name[:128]}\": {target.name}/{example}."
+            f"'{target.name}', or say what it means here under aliases: \"{name[:128]}\": {target.name}/{example}; "
+            "or give it targets under models in routing.yaml."
         )
 
 

@@ -41,7 +41,10 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Total(msgspec.Struct, frozen=True, kw_only=True):
-    """The sums of one group. ``cost`` is in picodollars, over the calls whose cost is known."""
+    """The sums of one group. ``cost`` is in picodollars, over the calls whose cost is known.
+
+    ``last_ms`` is when it was last used, in epoch milliseconds; None where nothing was.
+    """
 
     group: dict[str, Any]
     requests: int
@@ -52,6 +55,7 @@ class Total(msgspec.Struct, frozen=True, kw_only=True):
     estimated_calls: int
     cost: int
     tokens: dict[str, int]
+    last_ms: int | None
 
     def record(self) -> dict[str, Any]:
         """Return it as JSON has it; a day is a date, the cost exact dollars."""
@@ -68,7 +72,19 @@ class Total(msgspec.Struct, frozen=True, kw_only=True):
             "estimated_calls": self.estimated_calls,
             "cost_usd": usd(self.cost),
             "calls_without_cost": self.calls_without_cost,
+            "avg_tokens_per_request": self._average(),
+            "last_used_at": None if self.last_ms is None else iso(self.last_ms),
         }
+
+    def _average(self) -> float | None:
+        """Return input and output tokens per request; None where there are calls of agents alone, as of an upstream."""
+        tokens = self.tokens["input_tokens"] + self.tokens["output_tokens"]
+        return round(tokens / self.requests, 1) if self.requests else None
+
+
+def iso(moment_ms: int) -> str:
+    """Return epoch milliseconds as ISO 8601 in UTC."""
+    return datetime.fromtimestamp(moment_ms / 1000, UTC).isoformat(timespec="milliseconds")
 
 
 class Totals(msgspec.Struct, frozen=True):

@@ -204,6 +204,7 @@ def ask(connection: Connection, question: Question) -> Totals:
         func.coalesce(func.sum(columns.cost // _HALF), 0).label("cost_high"),
         func.coalesce(func.sum(columns.cost % _HALF), 0).label("cost_low"),
         *(func.coalesce(func.sum(columns[name]), 0).label(name) for name in TOKEN_NAMES),
+        func.max(columns.at_ms).label("last_ms"),
     ]
     query = _narrowed(select(*keys, *sums), question)
     if keys:
@@ -214,6 +215,7 @@ def ask(connection: Connection, question: Question) -> Totals:
             group={name: row[f"by_{name}"] for name in question.group_by},
             cost=int(row["cost_high"]) * _HALF + int(row["cost_low"]),
             tokens={name: int(row[name]) for name in TOKEN_NAMES},
+            last_ms=row["last_ms"],
             **{name: int(row[name]) for name in _COUNTS},
         )
         for row in found[: question.limit]
@@ -231,7 +233,7 @@ def list_rows(connection: Connection, question: Question) -> Rows:
 
 def _narrowed(query: Select[Any], question: Question) -> Select[Any]:
     query = query.where(USAGE.c.at_ms >= question.from_ms, USAGE.c.at_ms < question.to_ms)
-    return query.where(*(GROUPS[name] == value for name, value in question.only.items()))
+    return query.where(*(GROUPS[name] == _text(value) for name, value in question.only.items()))
 
 
 _COUNTS = ("requests", "failures", "cached", "model_calls", "calls_without_cost", "estimated_calls")
