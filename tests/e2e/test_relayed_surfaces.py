@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import socket
+import struct
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection, IncompleteRead
 from pathlib import Path
@@ -17,7 +19,7 @@ from openai import OpenAI
 from tests.support.house import ADMIN, CHAT, NARROW, UPSTREAM_KEY, write_agent
 from tests.support.scripted_answers import LAST, STREAM_HEAD, Answer, dump, frame, sse, whole
 from tests.support.scripted_upstream import Request, ScriptedUpstream
-from tests.support.server import Gateway, running_gateway
+from tests.support.server import UVICORN, Gateway, running_gateway
 from tests.support.waiting import wait_for
 
 SECURITY = f"""\
@@ -59,7 +61,7 @@ USAGE = {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
 def server() -> Iterator[ScriptedUpstream]:
     with ScriptedUpstream() as upstream:
         data = [{"id": name, "object": "model"} for name in ("m-1", "m-2", "secret")]
-        upstream.enqueue(Answer(body={"object": "list", "data": data}))
+        upstream.enqueue_listings(Answer(body={"object": "list", "data": data}))
         yield upstream
 
 
@@ -126,6 +128,19 @@ def test_embeddings(
     assert request.json == {"model": "embed", "input": ["a"], "encoding_format": "float", "truncate": True}
     assert request.headers["authorization"] == f"Bearer {UPSTREAM_KEY}"
     gate.logged("run.finished", model="up/embed", input_tokens=2)
+
+
+def test_embeddings_as_the_client_asks_for_them(
+    api: OpenAI, server: ScriptedUpstream, asked: Callable[[], Request]
+) -> None:
+    """By itself it asks for base64, which is a text where the list would be; input may be tokens."""
+    packed = base64.b64encode(struct.pack("<2f", 0.25, -0.5)).decode()
+    data = [{"object": "embedding", "index": 0, "embedding": packed}]
+    server.enqueue(Answer(body={"object": "list", "data": data, "model": "e", "usage": USAGE}))
+    answer = api.embeddings.create(model="up/embed", input=[[1, 2, 3]], dimensions=2)
+    assert answer.data[0].embedding == [0.25, -0.5]
+    assert answer.usage.prompt_tokens == 2
+    assert asked().json == {"model": "embed", "input": [[1, 2, 3]], "encoding_format": "base64", "dimensions": 2}
 
 
 def test_completions(api: OpenAI, server: ScriptedUpstream, asked: Callable[[], Request]) -> None:
@@ -421,6 +436,28 @@ def test_bytes_that_are_cut_are_not_taken_for_a_whole(gate: Gateway, server: Scr
             answer += piece
     assert b"one" in answer
     assert not answer.endswith(b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize("command", [UVICORN, ("-m", "gateway_cli", "serve", "--port")])
+@pytest.mark.parametrize("framed", [True, False])
+def test_an_answer_that_is_cut_is_no_error_of_the_server(
+    server: ScriptedUpstream, tmp_path: Path, command: tuple[str, ...], framed: bool
+) -> None:
+    (tmp_path / "upstreams.yaml").write_text(UPSTREAMS.format(url=server.base_url, key=UPSTREAM_KEY), encoding="utf-8")
+    (tmp_path / "routing.yaml").write_text("health_interval_s: 3600\n", encoding="utf-8")
+    length = b"content-length: 900000\r\n" if framed else b"transfer-encoding: chunked\r\n"
+    part = RIFF if framed else b"%x\r\n%b\r\n" % (len(RIFF), RIFF)
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: audio/wav\r\n" + length + b"\r\n"
+    with running_gateway(tmp_path, env={"GATEWAY_API_KEY": ADMIN}, key=ADMIN, command=command) as gateway:
+        server.enqueue(Answer(steps=lambda _: [head + part, "close"]))
+        body = {"model": "up/tts-1", "input": "x", "voice": "v"}
+        with pytest.raises((IncompleteRead, ConnectionError)):
+            gateway.post("/v1/audio/speech", body, headers={"x-request-id": "cut-1"})
+        gateway.logged("http.request", request_id="cut-1")
+        (ended,) = gateway.logged("run.finished", request_id="cut-1")
+        assert (ended["level"], ended["outcome"]) == ("warning", "failure")
+        # The server's own lines have no event: what was done on purpose is none of its errors.
+        assert [line for line in gateway.log_lines() if line["event"] is None and line["level"] == "error"] == []
 
 
 def test_uploads_are_bounded(gate: Gateway, server: ScriptedUpstream) -> None:

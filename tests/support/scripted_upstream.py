@@ -71,6 +71,7 @@ class ScriptedUpstream:
         self.connections = 0
         self._tls = tls
         self._queue: list[Answer] = []
+        self._listings: list[Answer] = []
         self._scripts: dict[str, Answer] = {}
         self._changed = threading.Condition()
         self._loop = asyncio.new_event_loop()
@@ -87,14 +88,20 @@ class ScriptedUpstream:
         return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}/v1"
 
     def enqueue(self, *answers: Answer) -> None:
-        """Answer the next requests with these, in order."""
+        """Answer the next requests with these, in order; those for the list of models are asked at their own time."""
         with self._changed:
             self._queue.extend(answers)
+
+    def enqueue_listings(self, *answers: Answer) -> None:
+        """Answer the next requests for the list of models with these, in order."""
+        with self._changed:
+            self._listings.extend(answers)
 
     def clear(self) -> None:
         """Forget the answers that were enqueued and not used."""
         with self._changed:
             self._queue.clear()
+            self._listings.clear()
 
     def script(self, name: str, answer: Answer) -> None:
         """Answer every request for the model ``name``, or whose last message says ``name``, with this."""
@@ -244,7 +251,9 @@ class ScriptedUpstream:
             return [whole(200, b"{}")]
         if path.endswith("/models"):
             data = [{"id": "scripted", "object": "model", "created": 1, "owned_by": "tests"}]
-            return self._next(request, Answer(body={"object": "list", "data": data}))
+            with self._changed:
+                listing = self._listings.pop(0) if self._listings else Answer(body={"object": "list", "data": data})
+            return steps_of(listing, request.path, request.json)
         if path.endswith("/embeddings"):
             data = [{"object": "embedding", "index": 0, "embedding": [0.25, -0.5]}]
             usage = {"prompt_tokens": 2, "total_tokens": 2}

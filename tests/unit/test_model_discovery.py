@@ -60,7 +60,7 @@ def test_what_the_upstream_lists_is_filtered_by_models() -> None:
         assert owner.table.upstreams["up"].status.healthy is True
 
     with ScriptedUpstream() as server:
-        server.enqueue(models_answer("gpt-a", "other", "gpt-b", "named", "gpt-a"))
+        server.enqueue_listings(models_answer("gpt-a", "other", "gpt-b", "named", "gpt-a"))
         with_discovery(server, check, models=("named", "gpt-*"))
 
 
@@ -76,7 +76,7 @@ def test_an_upstream_that_is_down_keeps_its_last_list_and_says_why() -> None:
         assert "503" not in status.last_error or "up" in status.last_error
 
     with ScriptedUpstream() as server:
-        server.enqueue(models_answer("a"), Answer(status=503, body={}))
+        server.enqueue_listings(models_answer("a"), Answer(status=503, body={}))
         with_discovery(server, check)
 
 
@@ -91,7 +91,7 @@ def test_a_refresh_of_the_file_keeps_the_list_of_an_upstream_at_the_same_address
         assert ids(await owner.refresh(UpstreamsConfig(upstreams=(moved,)))) == []
 
     with ScriptedUpstream() as server:
-        server.enqueue(models_answer("a1", "b1"))
+        server.enqueue_listings(models_answer("a1", "b1"))
         with_discovery(server, check)
 
 
@@ -105,8 +105,7 @@ def test_the_background_task_asks_at_once_and_again() -> None:
         assert ids(owner.table) == ["up/b"]
 
     with ScriptedUpstream() as server:
-        server.enqueue(models_answer("a"), models_answer("b"))
-        server.script("", models_answer("b"))
+        server.enqueue_listings(models_answer("a"), *[models_answer("b")] * 1000)
         with_discovery(server, check, interval_s=0.02)
 
 
