@@ -94,7 +94,7 @@ def events_in(texts: set[str]) -> set[str]:
 
 def diagnostic_codes() -> set[str]:
     """The literal code of every diagnostic: ``Diagnostic(code=…)``, ``diagnose(dropin, code, …)`` and the like."""
-    positions = {"diagnose": 1, "SourceRefused": 1}
+    positions = {"diagnose": 1, "SourceRefused": 1, "_misconfigured": 2}
     found = set()
     for _, tree in trees():
         for node in ast.walk(tree):
@@ -273,8 +273,9 @@ def test_every_make_target_named_exists() -> None:
 def test_every_variable_named_exists() -> None:
     known = {name for item in fields(Settings) for name in (item.metadata["env"], *item.metadata["aliases"])}
     named = {name for path in PAGES for name in VARIABLE.findall(path.read_text(encoding="utf-8"))}
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
     assert named
-    assert named <= known
+    assert named <= known | set(re.findall(r'environ\.get\("(GATEWAY_TEST_\w+)"', tests))
 
 
 def test_every_command_line_named_is_one_the_command_accepts() -> None:

@@ -22,7 +22,18 @@ EXCEPTIONS = {("api/bootstrap.py", "sdk_adapter")}
 """The composition root is the one door from HTTP to the SDK's adapter."""
 
 LAYERS = (
-    ("caller_context", "chat", "chunks", "config", "deadlines", "errors", "events", "ids", "principal"),
+    (
+        "caller_context",
+        "chat",
+        "chunks",
+        "config",
+        "deadlines",
+        "errors",
+        "events",
+        "ids",
+        "model_settings",
+        "principal",
+    ),
     ("observability", "plugins"),
     ("store", "workers"),
     ("caching", "limits", "memory", "policy", "registry", "routing", "security", "tools", "upstreams", "usage"),

@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 from api.edge import Edge
 from api.endpoint_stats import EndpointStats
 from api.mcp.calls import McpCalls
-from api.providers import Needs, check_needs
+from api.providers import Needs
+from api.settings_check import check_settings
 from api.shared import share
 from api.states import share_states
 from api.threads import DaemonThreadPool
 from gateway.caching.cache import ResponseCache
 from gateway.caching.config import load_cache
 from gateway.config import ConfigFile, Settings, reading_config
-from gateway.errors import ConfigError, StoreUnavailable
+from gateway.errors import StoreUnavailable
 from gateway.limits.limiter import Limiter
 from gateway.limits.opening import TABLES as LIMIT_TABLES
 from gateway.limits.opening import open_limiter
@@ -44,7 +45,6 @@ from gateway.security.keybook import KeyBook
 from gateway.security.keys import ExpiryReminder, Keyring
 from gateway.security.opening import open_issuers
 from gateway.security.overrides import OverrideBook
-from gateway.security.stored import check_pepper
 from gateway.security.throttle import FailureThrottle
 from gateway.snapshot import Snapshot, SnapshotHolder
 from gateway.store.store import Store, database_url
@@ -129,12 +129,13 @@ async def open_gateway(
     reach this very process on the loopback address; by default the gateway's port. Raises `ConfigError` when the
     configuration cannot be served at all; a broken drop-in is never a reason.
     """
-    log = configure_logging(settings.log_level, exception_text=settings.log_exception_text)
+    log = configure_logging(
+        settings.log_level, exception_text=settings.log_exception_text, as_text=settings.log_format == "text"
+    )
     workers = workers or Workers()
     drop_in_key = f"drop-in-{secrets.token_urlsafe(24)}"
     roots = find_roots(settings)
-    check_pepper(settings)
-    check_needs(settings)
+    check_settings(settings, is_alone=workers.is_alone)
     keeper = ConfigKeeper(workers)
     kept = await keeper.fetch()
     metrics = Metrics()
@@ -165,7 +166,7 @@ async def open_gateway(
         limiter = await stack.enter_async_context(open_limiter(settings, store, metrics, is_alone=alone))
         answers = await stack.enter_async_context(ResponseCache(metrics, settings.redis_url))
         cache = await answers.follow(load_cache(settings))
-        first = Snapshot(1, Registry(), upstreams.table, keyring, routes, meter, cache=cache)
+        first = Snapshot(1, Registry(), upstreams.table, keyring, routes, meter, cache=cache, metrics=metrics)
         holder = SnapshotHolder(first, on_swap=metrics.forget_models)
         metrics.show_models_as(holder.model_label)
 
@@ -314,7 +315,7 @@ async def open_gateway(
             refresher=refresher,
             edge=Edge.of(settings),
             overrides=overrides,
-            throttle=FailureThrottle(settings.key_failures_per_minute),
+            throttle=FailureThrottle(settings.key_failures_per_minute, count=metrics.authenticated),
             store=store,
             tools=tools,
             tool_entries=tool_entries,
@@ -398,8 +399,6 @@ def _ledger(settings: Settings, store: Store, metrics: Metrics) -> AbstractAsync
 async def _open_tracer(stack: AsyncExitStack, settings: Settings, metrics: Metrics) -> Tracer | None:
     if not settings.traces:
         return None
-    if not 0 < settings.traces <= 1:
-        raise ConfigError(f"GATEWAY_TRACES={settings.traces:g} is no share of requests: it is between 0 and 1.")
     # OpenTelemetry takes 0.2 s and 15 MB: only where it is used.
     otlp = await asyncio.to_thread(importlib.import_module, "gateway.observability.otlp")
     tracer: Tracer = await stack.enter_async_context(

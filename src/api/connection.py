@@ -60,6 +60,24 @@ class ClientExchange:
         """Whether the client reads more slowly than it is written to."""
         return self._connection.flow.write_paused
 
+    @property
+    def is_receiving(self) -> bool:
+        """Whether the client is sending its body: it has not sent all of it, and does not wait for a word first."""
+        return self._more_body and not (self.disconnected or self.expects_continue)
+
+    def cut(self) -> None:
+        """End an answer that has begun and cannot be completed, so that the client notices; nothing where it is whole.
+
+        Whoever cuts it says why in the log.
+        """
+        if self.disconnected or self.response_complete or not self.response_started:
+            return
+        self.disconnected = True
+        if self._chunked or self._left is not None:
+            self._connection.transport.close()
+        else:
+            self._connection.reset()  # its end would look like that of a whole answer
+
     def write(self, data: bytes) -> None:
         """Write a piece of a stream that has begun, without waiting; look at `paused` afterwards."""
         if self.disconnected or self.response_complete:
@@ -253,10 +271,7 @@ class ClientExchange:
         if self.disconnected or self.response_complete:
             return
         if self.response_started:
-            if self._chunked or self._left is not None:
-                self._connection.transport.close()
-            else:
-                self._connection.reset()  # its end would look like that of a whole answer
+            self.cut()
             return
         headers = [(b"content-type", b"text/plain"), (b"content-length", b"21"), (b"connection", b"close")]
         await self.send({"type": "http.response.start", "status": 500, "headers": headers})

@@ -69,6 +69,12 @@ def session_id(headers: Mapping[str, str]) -> str | None:
     return None
 
 
+def end_user(request: Request) -> str | None:
+    """Return whom a request is for by the header that the operator has named for it, if any."""
+    name = request.gateway.settings.end_user_header
+    return request.headers.get(name) if name else None
+
+
 def find_body(request: Request) -> bytes | None:
     """Return the body if all of it is there already and nothing is wrong with it; else it is for `read_body`."""
     exchange = request.client.exchange

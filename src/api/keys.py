@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, date, datetime, time
 from typing import Any
 
 import msgspec
@@ -13,6 +12,7 @@ from gateway.chat import decode_body
 from gateway.errors import Conflict, InvalidRequest
 from gateway.security.keybook import GRACE_S, MadeKey
 from gateway.security.keys import KnownKey
+from gateway.security.moments import end_of, shown
 from gateway.security.stored import StoredKey, read_options
 
 _HEADERS = ((b"cache-control", b"no-store"),)
@@ -40,6 +40,7 @@ async def create_key(request: Request) -> Response:
     options = read_options(fields)
     _refuse_foreign(request, key_id, "There is a key with this id in security.yaml or the environment; take another.")
     made = await request.gateway.keys.create(key_id, options, expires_at=expires_at, created_by=request.caller.key_id)
+    request.gateway.metrics.credential_used("key_created")
     return _json(_made(made), 201)
 
 
@@ -52,13 +53,17 @@ async def rotate_key(request: Request) -> Response:
     if fields:
         raise InvalidRequest(f"'{next(iter(fields))[:64]}' is no field of a rotation; there is grace_s.")
     key_id = _own(request)
-    return _json(_made(await request.gateway.keys.rotate(key_id, grace_s=grace_s, by=request.caller.key_id)))
+    made = await request.gateway.keys.rotate(key_id, grace_s=grace_s, by=request.caller.key_id)
+    request.gateway.metrics.credential_used("key_rotated")
+    return _json(_made(made))
 
 
 async def revoke_key(request: Request) -> Response:
     """End a key; its open streams end within a second, in every process."""
     key_id = _own(request)
-    return _json(_stored(await request.gateway.keys.revoke(key_id, by=request.caller.key_id)))
+    revoked = await request.gateway.keys.revoke(key_id, by=request.caller.key_id)
+    request.gateway.metrics.credential_used("key_revoked")
+    return _json(_stored(revoked))
 
 
 def _own(request: Request) -> str:
@@ -83,12 +88,8 @@ def _moment(value: object) -> float | None:
     if value is None:
         return None
     try:
-        text = value if isinstance(value, str) else ""
-        if len(text) <= 10:
-            return datetime.combine(date.fromisoformat(text), time.max, UTC).timestamp()
-        found = datetime.fromisoformat(text)
-        return (found if found.tzinfo is not None else found.replace(tzinfo=UTC)).timestamp()
-    except (ValueError, OverflowError) as error:
+        return end_of(value)
+    except ValueError as error:
         raise InvalidRequest("Write 2030-12-31 or 2030-12-31T12:00:00Z.", param="expires_at") from error
 
 
@@ -107,7 +108,7 @@ def _known(key: KnownKey) -> dict[str, Any]:
         "allow_tools": list(principal.allow_tools),
         "namespace": principal.namespace,
         "profile": principal.profile,
-        "expires_at": _shown(key.expires_at),
+        "expires_at": shown(key.expires_at),
     }
 
 
@@ -125,16 +126,12 @@ def _stored(key: StoredKey) -> dict[str, Any]:
         "profile": options.profile,
         "limits": options.limits,
         "end_user_limits": options.end_user_limits,
-        "created_at": _shown(key.created_at),
+        "created_at": shown(key.created_at),
         "created_by": key.created_by,
-        "expires_at": _shown(key.expires_at),
-        "revoked_at": _shown(key.revoked_at),
-        "previous_key_until": _shown(key.previous_until) if key.previous_digest is not None else None,
+        "expires_at": shown(key.expires_at),
+        "revoked_at": shown(key.revoked_at),
+        "previous_key_until": shown(key.previous_until) if key.previous_digest is not None else None,
     }
-
-
-def _shown(moment: float | None) -> str | None:
-    return None if moment is None else datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds")
 
 
 def _json(value: object, status: int = 200) -> Response:

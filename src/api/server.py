@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import importlib.util
 import logging
@@ -12,7 +13,7 @@ import signal
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -32,9 +33,23 @@ _LAST_S = 5
 
 _GARBAGE_AFTER = 10_000
 """Objects more than there were at the last collection."""
+_KEPT_BYTES = 16 * 1024 * 1024
+_MAPPED_FROM_BYTES = 4 * 1024 * 1024
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 T = TypeVar("T")
 _Message = MutableMapping[str, Any]
+
+
+def _keep_freed_memory() -> None:
+    """Keep a few megabytes of what large bodies leave, instead of giving each page back and asking for it again.
+
+    With glibc's own thresholds, a prompt of 420 kB costs 130 page faults, a tenth of its time.
+    """
+    with suppress(OSError, AttributeError, TypeError):  # another C library than glibc has no such call
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 class StartRefused(Exception):
@@ -120,6 +135,7 @@ class GatewayServer(uvicorn.Server):
         # objects, as Python does by itself, takes a twentieth of the time of a relayed call.
         gc.freeze()
         gc.set_threshold(_GARBAGE_AFTER)
+        _keep_freed_memory()
         self.ready.set()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from api.shared import ask
-from gateway.registry.entry import AgentEntry, Diagnostic, Status
+from gateway.registry.entry import AgentEntry, Diagnostic, ModelConfig, Status
 from gateway.upstreams.status import UpstreamStatus
 from gateway.workers.workers import WorkerReply
 
@@ -36,6 +36,7 @@ class AgentState(msgspec.Struct, frozen=True):
     tools: tuple[str, ...]
     aliases: tuple[str, ...]
     expose: bool
+    model_config: ModelConfig | None
     status: Status
     generation: int
     content_hash: str

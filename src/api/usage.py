@@ -12,7 +12,7 @@ import msgspec
 from api.routing import Request, Response
 from gateway.errors import InvalidRequest, NotFound, PermissionDenied
 from gateway.usage.prices import usd
-from gateway.usage.question import GROUP_NAMES, TOKEN_NAMES, Question
+from gateway.usage.question import GROUP_NAMES, TOKEN_NAMES, Question, iso
 
 if TYPE_CHECKING:  # the rows' module imports SQLAlchemy
     from gateway.usage.rows import FullRow
@@ -69,7 +69,7 @@ async def read_usage(request: Request) -> Response:
 
 def _listed(row: FullRow) -> dict[str, Any]:
     return {
-        "at": datetime.fromtimestamp(row.at_ms / 1000, UTC).isoformat(timespec="milliseconds"),
+        "at": iso(row.at_ms),
         "key": row.key_id,
         "namespace": row.namespace,
         "end_user": row.end_user,

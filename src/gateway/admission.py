@@ -15,7 +15,16 @@ from msgspec import Raw, Struct
 from gateway.caching.cache import CacheTable
 from gateway.caching.directives import read_cache_control
 from gateway.caller_context import NOTHING, CallerContext, read_caller_context
-from gateway.chat import CHAT_PATH, ChatRequest, RelayRequest, decode_chat, decode_model, decode_relay, decode_value
+from gateway.chat import (
+    CHAT_PATH,
+    STREAMED_PATHS,
+    ChatRequest,
+    RelayRequest,
+    decode_chat,
+    decode_model,
+    decode_relay,
+    decode_value,
+)
 from gateway.config import Settings
 from gateway.errors import (
     AgentMisconfigured,
@@ -26,8 +35,10 @@ from gateway.errors import (
     UnsupportedValue,
 )
 from gateway.observability.logs import keep_out, log_event
+from gateway.observability.metrics import Metrics
 from gateway.principal import Principal
 from gateway.registry.entry import AgentEntry
+from gateway.routing.bodies import with_settings
 from gateway.routing.routed import RoutedBinding
 from gateway.routing.targets import Binding
 from gateway.run import Executor, Run
@@ -89,9 +100,9 @@ def admit(call: Call, snapshot: Snapshot, settings: Settings) -> tuple[Run, Exec
         deadline_s = min(target.options.timeout_s or settings.run_timeout_s, settings.run_timeout_s)
         metadata = request.metadata or {}
         headers = {name: call.headers[name] for name in settings.header_allowlist if name in call.headers}
-        caller = accept_caller_context(call.headers, call.principal)
+        caller = accept_caller_context(call.headers, call.principal, snapshot.metrics)
     else:
-        request = decode_relay(name, call.fields, call.path)
+        request = decode_relay(name, _filled(call, target), call.path)
         model, executor, streamed = name, RelayExecutor(target, meter=snapshot.meter), request.stream
         if snapshot.cache is not None:
             executor = _cached(executor, target, name, call, snapshot.cache)
@@ -116,15 +127,24 @@ def admit(call: Call, snapshot: Snapshot, settings: Settings) -> tuple[Run, Exec
     return run, executor
 
 
-def accept_caller_context(headers: Mapping[str, str], principal: Principal) -> CallerContext:
+def _filled(call: Call, target: RoutedBinding) -> dict[str, Raw]:
+    """Return the fields of a request, with the operator's settings of that model where it has none."""
+    settings = target.upstream.route.settings
+    return call.fields if settings is None or call.path not in STREAMED_PATHS else with_settings(call.fields, settings)
+
+
+def accept_caller_context(headers: Mapping[str, str], principal: Principal, metrics: Metrics) -> CallerContext:
     """Return what a caller sent along for agents and tools, and keep its secrets out of every line of the log.
 
     Raises `InvalidRequest` for a header that makes no sense. One that would be an address is left out, and logged.
     """
     caller = read_caller_context(headers)
+    if caller.sent:
+        metrics.credential_used("received", len(caller.sent))
     if caller.secrets:
         keep_out(caller.secrets)
     if caller.refused:
+        metrics.credential_used("refused", len(caller.refused))
         log_event(
             _log,
             "network.access.denied",
@@ -159,6 +179,7 @@ def authorize_model(
     else:
         known = snapshot.reached.get((principal.key_id, name))
         if known is not None and known[0] is principal:
+            snapshot.metrics.access_decided("model", True)
             return RoutedBinding.of(known[1])
     if principal.is_drop_in:
         try:
@@ -168,7 +189,9 @@ def authorize_model(
     canonical, target = find_target(name, principal, snapshot, upstream=upstream)
     if target is None:
         raise ModelNotFound(_not_found(name, principal, snapshot), param="model")
-    if not _decide(principal, canonical, snapshot):
+    allowed = _decide(principal, canonical, snapshot)
+    snapshot.metrics.access_decided("model", allowed)
+    if not allowed:
         if snapshot.keyring.hide_foreign_models:
             raise ModelNotFound(_not_found(name, principal, snapshot), param="model")
         raise ModelNotAllowed(
@@ -218,7 +241,9 @@ def _cached(executor: Executor, target: Binding, name: str, call: Call, table: C
 
 
 def _authorize_choice(upstream: str, principal: Principal, snapshot: Snapshot) -> None:
-    if not (principal.is_admin or snapshot.access.allows_all(principal, f"{upstream}/")):
+    allowed = principal.is_admin or snapshot.access.allows_all(principal, f"{upstream}/")
+    snapshot.metrics.access_decided("upstream", allowed)
+    if not allowed:
         raise PermissionDenied(
             f"The key '{principal.key_id}' may not choose an upstream: x-gateway-upstream is for admin keys and for "
             f"keys that reach all of '{upstream[:64]}/*'. Leave the header out."

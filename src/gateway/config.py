@@ -8,11 +8,12 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 import yaml
@@ -100,9 +101,54 @@ def _reading() -> reading_config | None:
     return None if reading is None or reading.is_over else reading
 
 
-def setting(env: str, default: Any, doc: str, *, aliases: tuple[str, ...] = ()) -> Any:
-    """Declare one setting: its environment variable, default and one line of meaning."""
-    return field(default=default, metadata={"env": env, "doc": doc, "aliases": aliases})
+Read = Callable[[str, str], str]
+"""Returns a setting's text as it is kept; raises `ConfigError` naming the variable, which comes first."""
+
+
+def _read_header_name(name: str, text: str) -> str:
+    """Return it as headers are looked up: in lower case."""
+    if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", text):
+        raise ConfigError(f"{name}={text!r} is not the name of a header; write it as X-End-User.")
+    return text.lower()
+
+
+def _read_address(name: str, text: str) -> str:
+    if not is_web_address(text):
+        raise ConfigError(f"{name}={text!r} is not an address; write https://gateway.example.com.")
+    return text
+
+
+def _read_log_level(name: str, text: str) -> str:
+    if text.lower() not in ("debug", "info", "warning", "error"):
+        raise ConfigError(f"{name}={text!r} is not accepted; use debug, info, warning or error.")
+    return text
+
+
+def is_web_address(text: str) -> bool:
+    """Return whether a text is an address by http or https that requests can be sent to as it stands."""
+    try:
+        parts = urlsplit(text)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets without an end, a port that is no number or above 65,535
+        return False
+    return whole and re.fullmatch(r"[!-~]+", text) is not None
+
+
+def setting(
+    env: str,
+    default: Any,
+    doc: str,
+    *,
+    aliases: tuple[str, ...] = (),
+    secret: bool = False,
+    read: Read | None = None,
+) -> Any:
+    """Declare one setting: its environment variable, default and one line of meaning.
+
+    A ``secret`` is never shown. ``read`` judges what its type does not: a text, or each of several.
+    """
+    metadata = {"env": env, "doc": doc, "aliases": aliases, "secret": secret, "read": read}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +189,7 @@ class Settings:
         None,
         "Address at which clients reach the gateway (`https://gateway.example.com`): MCP clients that ask where to get "
         "a token are told of it. Default: the `Host` of the request.",
+        read=_read_address,
     )
     cors_origins: tuple[str, ...] = setting(
         "GATEWAY_CORS_ORIGINS",
@@ -185,14 +232,21 @@ class Settings:
         "GATEWAY_DATABASE_URL",
         None,
         "Database of the gateway, `postgresql://USER:PASSWORD@HOST/DATABASE`; default: SQLite in the state folder.",
+        secret=True,
     )
     redis_url: str | None = setting(
         "GATEWAY_REDIS_URL",
         None,
         "Redis for what replicas share fast, `redis://:PASSWORD@HOST:6379/0`.",
         aliases=("REDIS_URL",),
+        secret=True,
     )
-    log_level: str = setting("GATEWAY_LOG_LEVEL", "info", "`debug`, `info`, `warning` or `error`.")
+    log_level: str = setting(
+        "GATEWAY_LOG_LEVEL", "info", "`debug`, `info`, `warning` or `error`.", read=_read_log_level
+    )
+    log_format: Literal["json", "text"] = setting(
+        "GATEWAY_LOG_FORMAT", "json", "`json`, for machines, or `text`, for a terminal; the same secrets are masked."
+    )
     log_exception_text: bool = setting(
         "GATEWAY_LOG_EXCEPTION_TEXT",
         False,
@@ -213,15 +267,21 @@ class Settings:
         30,
         "Wrong keys one address may show within a minute before it is turned away with 429.",
     )
-    api_key: str | None = setting("GATEWAY_API_KEY", None, "One admin key, beside those in `security.yaml`.")
+    api_key: str | None = setting(
+        "GATEWAY_API_KEY", None, "One admin key, beside those in `security.yaml`.", secret=True
+    )
     key_pepper: str | None = setting(
         "GATEWAY_KEY_PEPPER",
         None,
         "Secret that the digests of keys made at run time are keyed with; without it they cannot be guessed from the "
         "database. The same in every process, and for ever.",
+        secret=True,
     )
     metrics_token: str | None = setting(
-        "GATEWAY_METRICS_TOKEN", None, "Bearer token that may read `/metrics` and `/metrics/prometheus`, nothing else."
+        "GATEWAY_METRICS_TOKEN",
+        None,
+        "Bearer token that may read `/metrics` and `/metrics/prometheus`, nothing else.",
+        secret=True,
     )
     prometheus_enabled: bool = setting("GATEWAY_PROMETHEUS_ENABLED", True, "Serve the Prometheus exposition.")
 
@@ -301,6 +361,7 @@ class Settings:
         "OPENAI_API_KEY",
         None,
         "Adds the upstream `openai`; moved out of the process environment at start, so that drop-ins never hold it.",
+        secret=True,
     )
     openai_base_url: str | None = setting(
         "OPENAI_BASE_URL", None, "Base URL of the upstream `openai` that `OPENAI_API_KEY` adds."
@@ -333,6 +394,7 @@ class Settings:
         "GATEWAY_END_USER_HEADER",
         None,
         "Request header that names the end user, before the body's `user`; for limits of each end user.",
+        read=_read_header_name,
     )
     reserved_output_tokens: int = setting(
         "GATEWAY_RESERVED_OUTPUT_TOKENS",
@@ -355,10 +417,13 @@ class Settings:
         "GATEWAY_RUN_MAX_COST_USD", 100.0, "What the model calls of a run over all its agents may cost, USD."
     )
     budget_alert_url: str | None = setting(
-        "GATEWAY_BUDGET_ALERT_URL", None, "Address that is told when shares of a budget are spent."
+        "GATEWAY_BUDGET_ALERT_URL", None, "Address that is told when shares of a budget are spent.", secret=True
     )
     budget_alert_secret: str | None = setting(
-        "GATEWAY_BUDGET_ALERT_SECRET", None, "Secret that budget alerts are signed with; needed with the address."
+        "GATEWAY_BUDGET_ALERT_SECRET",
+        None,
+        "Secret that budget alerts are signed with; needed with the address.",
+        secret=True,
     )
     budget_alert_shares: tuple[str, ...] = setting(
         "GATEWAY_BUDGET_ALERT_SHARES", ("0.5", "0.8", "1.0"), "Shares of a budget to tell of, comma-separated."
@@ -372,6 +437,7 @@ class Settings:
         "GATEWAY_CONTEXT_HEADERS",
         ("x-request-id", "x-session-id", "x-correlation-id", "user-agent", "accept-language"),
         "Request headers that agents may read from their context, comma-separated.",
+        read=_read_header_name,
     )
 
     @classmethod
@@ -384,7 +450,7 @@ class Settings:
             for name in (item.metadata["env"], *item.metadata["aliases"]):
                 text = source.get(name)
                 if text is not None and text.strip():
-                    values[item.name] = _parse(name, text.strip(), hints[item.name])
+                    values[item.name] = _parse(name, text.strip(), hints[item.name], item.metadata["read"])
                     break
         return cls(**values)
 
@@ -460,6 +526,8 @@ def load_yaml(path: Path, type_: type[T]) -> T:
         tree, data = _parsed(text)
     except OSError as error:
         raise ConfigError(f"{path.name}: cannot be read ({error.strerror}).") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path.name}: nested too deeply.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path.name}:{mark.line + 1}" if mark is not None else path.name
@@ -500,16 +568,55 @@ def config_text(path: Path) -> str:
 
 
 def _parsed(text: str) -> tuple[Any, Any]:
-    """Return the nodes, which know their lines, and the values; by libyaml where it is there, ten times as fast."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
+    """Return the nodes, which know their lines, and the values; by libyaml where it is there, ten times as fast.
+
+    Raises `RecursionError` for what may be nested so deeply that libyaml's loader would end the process.
+    """
+    loader = (yaml.SafeLoader if _may_be_deep(text) else getattr(yaml, "CSafeLoader", yaml.SafeLoader))(text)
     try:
         tree = loader.get_single_node()
-        return tree, None if tree is None else loader.construct_document(tree)
+        try:
+            return tree, None if tree is None else loader.construct_document(tree)
+        except ValueError as error:
+            raise _impossible(tree) from error
     finally:
         loader.dispose()
 
 
-def _parse(name: str, text: str, hint: Any) -> Any:
+def _may_be_deep(text: str) -> bool:
+    depth = 0
+    for bracket in _BRACKETS.findall(text):
+        depth += 1 if bracket in "[{" else -1
+        if depth > _DEEP:
+            return True
+    return any(line.count("- ") + line.count("? ") > _DEEP for line in text.splitlines())
+
+
+_BRACKETS = re.compile(r"[][{}]")
+_DEEP = 200
+
+
+def _impossible(tree: Any) -> yaml.YAMLError:
+    """Return the error that names a value that looks like a date and is none: YAML's own says only what is wrong."""
+    waiting, seen = [tree], set[int]()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.ScalarNode):
+            try:
+                yaml.SafeLoader("").construct_object(node)
+            except ValueError as error:
+                return yaml.MarkedYAMLError(None, None, f"{node.value} is not possible: {error}", node.start_mark)
+        else:
+            waiting += (
+                [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+            )
+    return yaml.YAMLError()
+
+
+def _parse(name: str, text: str, hint: Any, read: Read | None) -> Any:
     kinds = [k for k in typing.get_args(hint) if k is not type(None)] if _is_union(hint) else [hint]
     kind = kinds[0]
     if kind is bool:
@@ -531,14 +638,12 @@ def _parse(name: str, text: str, hint: Any) -> Any:
         return Path(text).expanduser()
     if typing.get_origin(kind) is tuple:
         parts = tuple(part.strip() for part in text.split(",") if part.strip())
-        return tuple(_parse(name, part, typing.get_args(kind)[0]) for part in parts)
+        return tuple(_parse(name, part, typing.get_args(kind)[0], read) for part in parts)
     if typing.get_origin(kind) is Literal:
         allowed = typing.get_args(kind)
         if text not in allowed:
             raise ConfigError(f"{name}={text!r} is not accepted; use {' or '.join(map(str, allowed))}.")
-    if name == "GATEWAY_LOG_LEVEL" and text.lower() not in ("debug", "info", "warning", "error"):
-        raise ConfigError(f"{name}={text!r} is not accepted; use debug, info, warning or error.")
-    return text
+    return text if read is None else read(name, text)
 
 
 def _is_union(hint: Any) -> bool:

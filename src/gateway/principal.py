@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
@@ -54,7 +54,8 @@ class Principal:
     ``profile`` chooses the client dialect. ``tenant`` is always ``default`` until tenants exist. ``is_drop_in`` marks
     code inside a drop-in that built a client of its own: it reaches upstream models only, by the names an agent may
     use. ``allowance`` is None for a caller without limits. Who came with a token has the name of its ``issuer``, and
-    the moment it ends (``expires_at``, epoch seconds).
+    the moment it ends (``expires_at``, epoch seconds). ``digest`` is that of the secret that was shown: a key that is
+    being rotated has two.
     """
 
     id: str
@@ -70,6 +71,7 @@ class Principal:
     allow_by_namespace: tuple[str, ...] = ()
     issuer: str | None = None
     expires_at: float | None = None
+    digest: str = field(default="", repr=False, compare=False)
 
     @property
     def is_admin(self) -> bool:

@@ -48,6 +48,7 @@ class Reloader:
         self._on_change = dict(on_change or {})
         self._referred = {name: files for name, files in (referred or {}).items() if name in self._on_change}
         self._tasks: set[asyncio.Task[object]] = set()
+        self._seen = {name: self._stamp(name) for name in self._on_change}
 
     async def refresh_agents(self, *, force: bool = True) -> RefreshReport:
         """Look at every drop-in and at `agents.yaml`; import what changed, and try again what failed."""
@@ -85,7 +86,14 @@ class Reloader:
                 if flat:
                     group.create_task(self._follow(flat, stop, recursive=False))
                 group.create_task(self._notice_new_folders(deep, flat, stop))
-                self._start(self._catalogue.refresh())  # what changed before the watch stood
+                self._start(self._look())
+
+    async def _look(self) -> None:
+        """Reload what changed while no watch stood."""
+        for name, reload in self._on_change.items():
+            if self._stamp(name) != self._seen[name]:
+                self._start(self._reload(name, reload))
+        await self._catalogue.refresh()
 
     async def _notice_new_folders(self, deep: Collection[Path], flat: Collection[Path], stop: asyncio.Event) -> None:
         """Set ``stop`` when other folders have to be watched: a root appeared, a helper elsewhere was imported."""
@@ -131,12 +139,24 @@ class Reloader:
         )
 
     async def _reload(self, name: str, reload: Callable[[], Awaitable[object]]) -> None:
+        self._seen[name] = self._stamp(name)
         try:
             await reload()
         except GatewayError as error:
             log_event(_LOG, "config.reload.failed", level=logging.ERROR, file=name, message=error.message)
         else:
             log_event(_LOG, "config.reload.done", file=name)
+
+    def _stamp(self, name: str) -> tuple[object, ...]:
+        """Return what changes with a YAML file: where it is found, and which version of it."""
+        try:
+            path = self._settings.config_file(name)
+            if path is None:
+                return ()
+            found = path.stat()
+        except (GatewayError, OSError):
+            return ()
+        return path, found.st_ino, found.st_mtime_ns, found.st_size
 
     def _folders(self) -> tuple[frozenset[Path], frozenset[Path]]:
         """Return the folders to watch with everything below them, and those to watch themselves."""

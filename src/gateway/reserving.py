@@ -86,7 +86,8 @@ def _output_tokens(request: RelayRequest, default: int) -> tuple[int, bool]:
     if request.path == EMBEDDINGS_PATH:
         return 0, True
     fields = request.fields
-    promised = _whole(fields, "max_completion_tokens") or _whole(fields, "max_tokens")
+    said = [_whole(fields, name) for name in ("max_completion_tokens", "max_tokens")]
+    promised = max((tokens for tokens in said if tokens is not None), default=None)  # servers differ in whom they obey
     answers = max(_whole(fields, "n") or 1, _whole(fields, "best_of") or 1)
     if request.path == COMPLETIONS_PATH:
         prompt = _decoded(fields, "prompt")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gateway.caching.cache import CacheTable
+from gateway.observability.metrics import Metrics
 from gateway.principal import Principal
 from gateway.registry.registry import Registry
 from gateway.routing.call import Route
@@ -37,6 +38,8 @@ class Snapshot:
     tools: ToolTable = field(default_factory=ToolTable)
     cache: CacheTable | None = None
     """Which answers are kept, under the rules of this snapshot; None where no model has a cache."""
+    metrics: Metrics = field(default_factory=Metrics, repr=False, compare=False)
+    """Where what is decided by this snapshot is counted."""
     derived: dict[Any, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Answers that follow from this snapshot alone, such as model lists: made once, gone with it."""
     reached: dict[tuple[str, str], tuple[Principal, Route]] = field(

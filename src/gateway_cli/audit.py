@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = read_settings(arguments.path)
     if not os.environ.get("GATEWAY_ENV", "").strip():
         settings = replace(settings, environment="production")
-    configure_logging("error")
+    configure_logging("error", as_text=settings.log_format == "text")
     now = time.time()
     findings = [
         *audit_keys(load_security(settings), now, is_development=settings.is_development or _is_packaged(settings)),

@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
 import gateway
+from api.settings_check import check_settings
+from api.tls import open_tls
 from gateway.config import Settings
 from gateway.errors import GatewayError
 from gateway.security.keys import Keyring
@@ -45,6 +47,7 @@ def _checks(path: Path | None) -> Iterator[tuple[str, Callable[[], str]]]:
         settings = read_settings(path)
     except (CliError, GatewayError):
         return  # the line above says why
+    yield "start", lambda: _start(settings)
     yield "agents folder", lambda: _agents_folder(settings)
     yield "upstreams", lambda: _upstreams(settings)
     yield "tools", lambda: check_tools(settings)
@@ -86,6 +89,12 @@ def _packages() -> str:
 def _settings(path: Path | None) -> str:
     read_settings(path)
     return "every GATEWAY_* value is accepted"
+
+
+def _start(settings: Settings) -> str:
+    check_settings(settings, is_alone=settings.workers == 1)
+    open_tls(settings)
+    return "the settings go together"
 
 
 def _agents_folder(settings: Settings) -> str:

@@ -7,12 +7,15 @@ import asyncio
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from gateway.config import Settings
 from gateway.errors import ConfigError
+from gateway.observability.logs import clean_text
 from gateway.observability.metrics import Metrics
+from gateway.registry.entry import ModelConfig
 from gateway.routing.call import Route
 from gateway.routing.config import load_routing
 from gateway.routing.strategies import Candidate
@@ -44,6 +47,7 @@ class Explained:
     fallbacks: dict[str, tuple[str, ...]]
     retry: dict[str, Any]
     hedge: dict[str, float | None] | None
+    settings: dict[str, float | int]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -79,6 +83,9 @@ def render(explained: Explained) -> str:
     lines.append(f"  tries at one target: {tries}")
     if explained.hedge is not None:
         lines.append(f"  a second target is asked {_hedge_words(explained.hedge)}")
+    given = ", ".join(f"{name} {value:g}" for name, value in explained.settings.items())
+    if given:
+        lines.append(f"  settings of the operator: {given}")
     return "\n".join(lines)
 
 
@@ -89,9 +96,18 @@ def render_settings(settings: Settings) -> str:
         names = (item.metadata["env"], *item.metadata["aliases"])
         source = next((name for name in names if os.environ.get(name, "").strip()), "default")
         value = getattr(settings, item.name)
-        shown = "***" if value and ("key" in item.name or "token" in item.name) else value
-        lines.append(f"  {names[0]} = {shown}  ({source})")
+        shown = _outline(value) if item.metadata["secret"] and value else value
+        lines.append(f"  {names[0]} = {clean_text(str(shown))}  ({source})")
     return "\n".join(["Settings:", *lines])
+
+
+def _outline(secret: str) -> str:
+    """Return what may be seen of a secret: of an address, where it leads; else that it is there."""
+    try:
+        parts = urlsplit(secret)
+        return f"{parts.scheme}://{parts.hostname}/***" if parts.scheme and parts.hostname else "***"
+    except ValueError:
+        return "***"
 
 
 async def _explain(name: str, settings: Settings, agents: Sequence[Inspected]) -> Explained:
@@ -122,11 +138,13 @@ def _of_agent(agent: Inspected, routes: RouteTable, upstreams: dict[str, Upstrea
         problem = next((f"{d.message} {d.fix}" for d in agent.diagnostics if d.severity == "error"), "")
         raise CliError(f"'{agent.name}' is an agent without a model of the gateway. {problem}".rstrip())
     asked = agent.model if agent.upstream is None else f"{agent.upstream}/{agent.model}"
+    config = agent.model_config or ModelConfig()
     try:
-        route = routes.resolve(asked).upstream.route
+        route = routes.resolve(asked, fallbacks=config.fallbacks).upstream.route
     except ConfigError as error:
         raise CliError(error.message) from error
-    return _explained(agent.name, "agent", asked, route, upstreams)
+    explained = _explained(agent.name, "agent", asked, route, upstreams)
+    return replace(explained, settings=explained.settings | config.given())
 
 
 def _explained(
@@ -152,6 +170,7 @@ def _explained(
             for key in route.retry.__struct_fields__
             for rule in (getattr(route.retry, key),)
         },
+        settings={} if route.settings is None else route.settings.given(),
         hedge=None if route.hedge is None else {"after_s": route.hedge.after_s, "percentile": route.hedge.percentile},
     )
 

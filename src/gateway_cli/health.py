@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import ssl
 from typing import Any
-from urllib.parse import urlsplit
 
 from gateway.config import Settings
+from gateway_cli.client import connect
 from gateway_cli.credentials import find_key
 from gateway_cli.errors import CliError
 
@@ -57,15 +56,8 @@ def _parts(body: dict[str, Any]) -> dict[str, str]:
 
 
 def _ask(url: str, path: str, key: str | None) -> tuple[int, dict[str, Any]]:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise CliError(f"{url} is not an address; write http://HOST:PORT.", status=2)
-    timeout_s = _ALL_ASKED_S if key else _TIMEOUT_S
-    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout_s)
-    if parts.scheme == "https":
-        # The certificate is for the name that clients use; here the question is only whether somebody serves.
-        context = ssl._create_unverified_context()
-        connection = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=timeout_s, context=context)
+    # The certificate is for the name that clients use; without a key the question is only whether somebody serves.
+    connection = connect(url, _ALL_ASKED_S if key else _TIMEOUT_S, shows_key=key is not None)
     try:
         connection.request("GET", path, headers={"x-api-key": key} if key else {})
         answer = connection.getresponse()

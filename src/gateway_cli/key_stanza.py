@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 
+from gateway.security.moments import in_utc
 from gateway.security.stored import KeyOptions
 
 
@@ -23,6 +23,6 @@ def stanza(key_id: str, secret: str, options: KeyOptions, *, expires_at: float |
     if "limits" in fields:
         fields["limits"] = {name: value for name, value in fields["limits"].items() if value is not None}
     if expires_at is not None:
-        fields["expires_at"] = datetime.fromtimestamp(expires_at, UTC).date().isoformat()
+        fields["expires_at"] = in_utc(expires_at).date().isoformat()
     lines = [f"{name}: {json.dumps(value)}" for name, value in fields.items()]  # what is JSON is YAML
     return f"  - {lines[0]}\n" + "\n".join(f"    {line}" for line in lines[1:])

@@ -15,6 +15,7 @@ from gateway_cli.errors import CliError
 from gateway_cli.offline import inspect_folder
 from gateway_cli.settings import read_settings
 from gateway_cli.state import find_running
+from gateway_cli.terminal import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
     url = arguments.url or (running.url if running else None)
     if url is not None:
         source, rows = url, _ask(settings, url, arguments.key)
+        if not rows and not arguments.json and _is_loading(url):
+            print(f"The gateway at {url} is still loading its agents; ask again in a moment.")
+            return 0
     else:
         source, rows = str(settings.agents_root()), _look(settings)
     if arguments.json:
@@ -56,7 +60,7 @@ def render(source: str, rows: Sequence[Row], *, running: bool) -> str:
         binding = f"{row.upstream}/{row.model}" if row.upstream and row.model else row.model or "–"
         lines.append(f"  {row.status:<6} {row.name:<{width}}  {binding}  {', '.join(row.tools)}".rstrip())
         if row.error:
-            lines.append(f"         {row.error}")
+            lines += [f"         {printable(line)}" for line in row.error.splitlines()]
     return "\n".join(lines)
 
 
@@ -71,6 +75,12 @@ def _ask(settings: Settings, url: str, key: str | None) -> list[Row]:
     if status != 200 or not isinstance(answer, list):
         raise CliError(f"{url} answered {status} to GET /agents; it is not an Agent Gateway, or not well.")
     return [_row(item) for item in answer]
+
+
+def _is_loading(url: str) -> bool:
+    """Whether a gateway that lists no agents has not looked at them all yet."""
+    _, answer = get_json(url, "/readyz", None)
+    return isinstance(answer, dict) and answer.get("status") == "starting"
 
 
 def _row(item: dict[str, Any]) -> Row:

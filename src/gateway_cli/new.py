@@ -48,11 +48,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise CliError(f"{folder} cannot be written: {error.strerror or error}.") from error
     print(f"Made {folder / 'agent.py'}: the model {model}.")
     if find_running(settings):
-        print(f"The running gateway serves it now; `gateway list{path_option(settings)}` shows it.")
-    elif arguments.path:
-        print(f"Next: gateway dev {arguments.path}")
+        print(
+            f"A gateway runs: if it watches the folder it serves it now; `gateway list{path_option(settings)}` tells."
+        )
     else:
-        print("Next: gateway dev")
+        command = "dev" if settings.is_development else "serve"  # which of the two runs in this environment
+        print(" ".join(["Next: gateway", command, *([str(arguments.path)] if arguments.path else [])]))
     return 0
 
 

@@ -21,7 +21,7 @@ import msgspec
 
 from gateway.config import Settings
 from gateway.errors import GatewayError
-from gateway.registry.entry import Diagnostic, Status
+from gateway.registry.entry import Diagnostic, ModelConfig, Status
 from gateway_cli.errors import CliError
 
 _LIMIT_S = 300.0
@@ -40,6 +40,7 @@ class Inspected:
     tools: tuple[str, ...]
     description: str | None
     diagnostics: tuple[Diagnostic, ...]
+    model_config: ModelConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,7 @@ async def _inspect(settings: Settings) -> _Answer:
                     tools=entry.tools,
                     description=entry.description,
                     diagnostics=entry.diagnostics,
+                    model_config=entry.model_config,
                 )
                 for entry in gateway.holder.current.registry.list_entries()
             )

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gateway.config import Settings
+from gateway_cli.errors import CliError
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +30,16 @@ def state_file(settings: Settings) -> Path:
 def announce(settings: Settings, url: str) -> Iterator[None]:
     """Say that this process answers at ``url``, until the block ends."""
     path = state_file(settings)
-    path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(f".{os.getpid()}")
-    fresh.write_text(json.dumps(asdict(Running(os.getpid(), url))), encoding="utf-8")
-    fresh.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh.write_text(json.dumps(asdict(Running(os.getpid(), url))), encoding="utf-8")
+        fresh.replace(path)
+    except OSError as error:
+        raise CliError(
+            f"The state folder {path.parent} cannot be written to ({error.strerror}); set GATEWAY_STATE_DIR to one "
+            "that can."
+        ) from error
     try:
         yield
     finally:

@@ -11,13 +11,14 @@ import getpass
 import json
 import sys
 from collections.abc import Awaitable, Callable
-from datetime import UTC, date, datetime, time
+from datetime import UTC, date, datetime
 
 from gateway.config import Settings
 from gateway.errors import InvalidRequest
 from gateway.observability.logs import configure_logging
 from gateway.security.config import load_security
 from gateway.security.keybook import KeyBook, MadeKey
+from gateway.security.moments import end_of, in_utc, shown
 from gateway.security.stored import KeyOptions, StoredKey, check_new_key, check_pepper, new_secret, read_options
 from gateway.store.store import Store, database_url
 from gateway_cli.errors import CliError
@@ -36,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.yaml:
             _print_stanza(arguments)
             return 0
-    configure_logging("error")
+    configure_logging("error", as_text=settings.log_format == "text")
     actions: dict[str, Callable[[KeyBook, argparse.Namespace], Awaitable[None]]] = {
         "create": _create,
         "list": _list,
@@ -145,9 +146,9 @@ def _record(key: StoredKey) -> dict[str, object]:
         "allow_agents": key.options.allow_agents,
         "namespace": key.options.namespace,
         "created_by": key.created_by,
-        "created_at": _moment(key.created_at),
-        "expires_at": _moment(key.expires_at),
-        "revoked_at": _moment(key.revoked_at),
+        "created_at": shown(key.created_at),
+        "expires_at": shown(key.expires_at),
+        "revoked_at": shown(key.revoked_at),
     }
 
 
@@ -171,17 +172,13 @@ def _expiry(day: str | None) -> float | None:
     if day is None:
         return None
     try:
-        return datetime.combine(date.fromisoformat(day), time.max, UTC).timestamp()
+        return end_of(date.fromisoformat(day))
     except ValueError as error:
         raise CliError(f"{day!r} is not a date; write YYYY-MM-DD.", status=2) from error
 
 
-def _moment(moment: float | None) -> str | None:
-    return None if moment is None else datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds")
-
-
 def _day(moment: float | None) -> str:
-    return "never" if moment is None else datetime.fromtimestamp(moment, UTC).date().isoformat()
+    return "never" if moment is None else in_utc(moment).date().isoformat()
 
 
 def _who() -> str:

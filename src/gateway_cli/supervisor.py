@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 from gateway.config import Settings
@@ -29,6 +29,7 @@ _LOG = logging.getLogger("gateway.supervisor")
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _SETTLED_S = 10.0
 """A worker that served this long and died is replaced at once; one that dies sooner waits longer each time."""
+_SIGNAL_NAMES = {int(known): known.name for known in signal.Signals}  # a real-time signal has none
 _PING_EVERY_S = 5.0
 _RELOAD_S = 120.0
 _LAST_S = 4
@@ -41,7 +42,9 @@ sys.exit(main())"""
 
 def supervise(settings: Settings, listener: socket.socket, url: str) -> int:
     """Keep ``settings.workers`` workers serving ``listener`` until a signal; raise `CliError` if they cannot start."""
-    configure_logging(settings.log_level, exception_text=settings.log_exception_text)
+    configure_logging(
+        settings.log_level, exception_text=settings.log_exception_text, as_text=settings.log_format == "text"
+    )
     with announce(settings, url):
         return asyncio.run(Supervisor(settings, listener, url).run())
 
@@ -57,6 +60,11 @@ class _Slot:
     refusal: str | None = None
     stalled: bool = False
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @property
+    def code(self) -> int | None:
+        """The exit code of the worker that had it last; None of one that was never started."""
+        return None if self.process is None else self.process.returncode
 
 
 class Supervisor:
@@ -94,8 +102,10 @@ class Supervisor:
         """Fill one slot again and again; return when the gateway stops, or when it cannot start at all."""
         while not self._stopping.is_set():
             started = time.monotonic()
-            await self._fill(slot)
-            assert slot.process is not None
+            try:
+                await self._fill(slot)
+            except OSError as error:  # no process, file or memory to be had: the others serve on
+                slot.process, slot.refusal = None, f"No worker can be started: {error.strerror or error}."
             if self._stopping.is_set():
                 return
             if slot.refusal is not None and not self._has_served:
@@ -110,10 +120,10 @@ class Supervisor:
                 _LOG,
                 "worker.died",
                 level=logging.ERROR,
-                message=slot.refusal or _how(slot.process.returncode),
+                message=slot.refusal or _how(slot.code),
                 slot=slot.number,
-                pid=slot.process.pid,
-                exit_code=slot.process.returncode,
+                pid=None if slot.process is None else slot.process.pid,
+                exit_code=slot.code,
                 restart_in_s=pause_s,
                 serving=self._hub.serving,
                 of=len(self._slots),
@@ -123,9 +133,10 @@ class Supervisor:
 
     async def _fill(self, slot: _Slot) -> None:
         """Start a worker and wait for its end."""
-        ours, theirs = socket.socketpair()
         slot.serves, slot.refusal, slot.stalled = False, None, False
-        with theirs:
+        ours, theirs = socket.socketpair()
+        with theirs, ExitStack() as unused:
+            unused.enter_context(ours)
             slot.process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-c",
@@ -138,6 +149,7 @@ class Supervisor:
                 env=self._environment(),
                 pass_fds=(self._listener.fileno(), theirs.fileno()),
             )
+            unused.pop_all()
         peer = Peer(ours)
         await peer.open()
         self._prepare(slot, peer)
@@ -250,15 +262,14 @@ class Supervisor:
 
 
 def _reason(slot: _Slot) -> str:
-    assert slot.process is not None
     if slot.refusal is not None:
         return "refused"
     if slot.stalled:
         return "stalled"
-    return "killed" if (slot.process.returncode or 0) < 0 else "exited"
+    return "killed" if (slot.code or 0) < 0 else "exited"
 
 
 def _how(code: int | None) -> str:
     if code is not None and code < 0:
-        return f"The worker was ended by {signal.Signals(-code).name}."
+        return f"The worker was ended by {_SIGNAL_NAMES.get(-code, f'signal {-code}')}."
     return f"The worker ended with exit code {code}."

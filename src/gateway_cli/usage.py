@@ -14,6 +14,7 @@ from gateway.store.store import Store, database_url
 from gateway.usage.question import GROUP_NAMES, Question, Totals
 from gateway_cli.errors import CliError
 from gateway_cli.settings import read_store_settings
+from gateway_cli.terminal import printable
 
 _MODULES = ("gateway.usage.rows",)
 _MOST_ROWS = 10_000
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the sums; what a running gateway has not written yet, a second's worth, is not in them."""
     settings = read_store_settings(arguments.path)
     question = _question(arguments)
-    configure_logging("error")
+    configure_logging("error", as_text=settings.log_format == "text")
 
     async def work() -> Totals:
         async with Store(database_url(settings), _MODULES) as store:
@@ -91,7 +92,7 @@ def _print_table(group_by: Sequence[str], records: Sequence[dict[str, Any]]) -> 
         if record["calls_without_cost"]:
             is_partial = True
             numbers[-1] += "*"
-        rows.append([*("-" if record[name] is None else str(record[name]) for name in group_by), *numbers])
+        rows.append([*("-" if record[name] is None else printable(str(record[name])) for name in group_by), *numbers])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = [

@@ -6,8 +6,10 @@ import argparse
 import glob
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+
+import msgspec
 
 from gateway.config import Settings
 from gateway_cli.errors import CliError
@@ -23,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise CliError(f"{arguments.path} holds no agent; it needs an agent.py.")
     broken = [agent for agent in found if agent.status != "ready"]
     if arguments.json:
-        print(json.dumps({"ok": not broken, "agents": [asdict(agent) for agent in found]}, indent=2))
+        print(json.dumps({"ok": not broken, "agents": [msgspec.to_builtins(agent) for agent in found]}, indent=2))
     else:
         print(render(found, settings.agents_root()))
     return 1 if broken else 0

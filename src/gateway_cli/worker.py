@@ -44,6 +44,16 @@ def serve_alone(settings: Settings, listener: socket.socket, url: str) -> int:
     return 0
 
 
+def _adopt(descriptor: int) -> socket.socket:
+    """Return a socket of the supervisor's, which no process that this one starts is to hold, too.
+
+    MCP servers are started by uvloop, whose processes inherit whatever may be inherited.
+    """
+    adopted = socket.socket(fileno=descriptor)
+    adopted.set_inheritable(False)
+    return adopted
+
+
 def main() -> int:
     """Serve as a worker: the sockets are inherited, the settings stand in the environment."""
     parser = argparse.ArgumentParser()
@@ -55,9 +65,9 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     settings = Settings.from_env()
-    channel = Peer(socket.socket(fileno=arguments.channel))
+    channel = Peer(_adopt(arguments.channel))
     workers = Workers(arguments.slot, settings.workers, channel)
-    server = _server(settings, socket.socket(fileno=arguments.listener), workers)
+    server = _server(settings, _adopt(arguments.listener), workers)
 
     async def work() -> int:
         await channel.open()

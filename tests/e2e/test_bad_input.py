@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.house import CHAT
+from tests.support.house import ADMIN, CHAT
 from tests.support.schema import assert_error
 from tests.support.server import Gateway
 from tests.support.waiting import in_time
@@ -191,14 +191,46 @@ def test_a_chunked_body_over_the_limit_is_413_while_it_is_read(gateway: Gateway)
         chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
         sent = 0
         try:
-            while sent < 40_000_000:
+            while sent < 200_000_000:
                 sock.sendall(chunk)
                 sent += len(chunk)
         except (BrokenPipeError, ConnectionResetError):
             pass
-        assert sent < 40_000_000, "the server went on reading"
+        assert sent < 200_000_000, "the server went on reading"
     answer = gateway.get("/health")
     assert answer.status == 200
+
+
+ADMIN_BODIES = {
+    "a list": (b"[1]", 400, "must be one JSON object"),
+    "cut": (b'{"agent":', 400, "not valid JSON"),
+    "a key twice": (b'{"agent": "%s", "agent": "x"}' % MODEL.encode(), 400, "more than once"),
+    "no body": (b"", 400, "needs a body"),
+}
+
+
+@pytest.mark.parametrize("case", ADMIN_BODIES)
+def test_bodies_of_admin_routes_are_judged_by_the_same_rules(gateway: Gateway, case: str) -> None:
+    body, status, says = ADMIN_BODIES[case]
+    answer = gateway.request("POST", "/security/preview", body=body, key=ADMIN)
+    assert answer.status == status, answer.body
+    assert_error(answer.json())
+    assert says in answer.error["message"]
+
+
+def test_an_admin_body_over_the_limit_is_413_before_it_is_read(gateway: Gateway) -> None:
+    with socket.create_connection(("127.0.0.1", gateway.port), 60) as sock:
+        sock.sendall(head(50_000_000, key=ADMIN, path="/security/preview"))
+        status, body = read_answer(sock)
+    assert (status, body["error"]["code"]) == (413, "request_too_large")
+
+
+@pytest.mark.parametrize("content_type", ["application/x-www-form-urlencoded", "text/plain", "application/json", None])
+def test_an_admin_body_is_json_whatever_the_client_calls_it(gateway: Gateway, content_type: str | None) -> None:
+    headers = {"content-type": content_type} if content_type else {}
+    body = json.dumps({"agent": MODEL}).encode()
+    answer = gateway.request("POST", "/security/preview", body=body, key=ADMIN, headers=headers)
+    assert (answer.status, answer.json().get("agent")) == (200, MODEL), answer.body
 
 
 def test_the_key_is_checked_before_the_body_is_read(gateway: Gateway) -> None:

@@ -18,6 +18,7 @@ from tests.support.waiting import wait_for
 
 SERVE = ("-m", "gateway_cli", "serve", "--port")
 KEY = "sk-test-limits-aaaaaaaaaaaaaaaaaaaaaaaa"
+CHAT_PATH = "/v1/chat/completions"
 HEAD_S = 0.6
 ENV = {
     "GATEWAY_API_KEY": KEY,
@@ -310,3 +311,50 @@ def test_runs_at_a_time_have_a_limit(tmp_path: Path, upstream: ScriptedUpstream)
             lambda: gateway.post("/v1/chat/completions", {**body, "model": "up/m", "stream": False}).status == 200,
             what="there is room again",
         )
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+@pytest.mark.parametrize(("key", "status"), [(KEY, 413), ("sk-wrong", 401)])
+@pytest.mark.parametrize("times", [2, 10, 100])
+def test_a_client_that_sends_on_reads_why_it_was_refused(
+    gateway: Gateway, framing: str, key: str, status: int, times: int
+) -> None:
+    """It writes all it has before it reads anything, as some do: a reset on the way would hide the answer."""
+    size = int(ENV["GATEWAY_REQUEST_BODY_LIMIT_BYTES"]) * times
+    wrap = f"Content-Length: {size}" if framing == "length" else "Transfer-Encoding: chunked"
+    body = b" " * size if framing == "length" else b"%x\r\n%b\r\n0\r\n\r\n" % (size, b" " * size)
+    head = request(
+        HOST, f"Authorization: Bearer {key}", "Content-Type: application/json", wrap, start=f"POST {CHAT_PATH} HTTP/1.1"
+    )
+    with closing(connect(gateway)) as connection:
+        connection.sendall(head)
+        for at in range(0, len(body), 65_536):
+            connection.sendall(body[at : at + 65_536])
+        answer = b""
+        while part := connection.recv(65_536):
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:200]
+    assert b"connection: close" in answer and json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
+
+
+def test_a_client_that_asks_first_is_told_before_it_sends(gateway: Gateway) -> None:
+    lines = (HOST, f"Authorization: Bearer {KEY}", "Content-Length: 1000000", "Expect: 100-continue")
+    started = time.monotonic()
+    status, error = send(gateway, request(*lines, start=f"POST {CHAT_PATH} HTTP/1.1"))
+    assert (status, error["code"]) == (413, "request_too_large")
+    # Nothing is on its way, so nothing is waited for.
+    assert time.monotonic() - started < 1.5
+
+
+def test_a_client_that_was_refused_and_sends_for_ever_is_cut(gateway: Gateway) -> None:
+    head = request(
+        HOST, f"Authorization: Bearer {KEY}", "Transfer-Encoding: chunked", start=f"POST {CHAT_PATH} HTTP/1.1"
+    )
+    chunk = b"%x\r\n%b\r\n" % (1_000_000, b" " * 1_000_000)
+    sent = 0
+    with closing(connect(gateway)) as connection, contextlib.suppress(ConnectionResetError, BrokenPipeError):
+        connection.sendall(head)
+        while sent < 1_000:
+            connection.sendall(chunk)
+            sent += 1
+    assert 60 <= sent <= 200

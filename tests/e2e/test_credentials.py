@@ -214,6 +214,7 @@ def test_an_inner_agent_reads_what_its_run_was_given(stage: Stage) -> None:
 
 
 def test_every_kind_of_header_is_there_by_its_name(stage: Stage) -> None:
+    before = stage.gateway.counted("agent_gateway_credential_operations")
     said = stage.said(
         "call whole {} ;; echo",
         X_Cred_Jira_Api_Key="a",
@@ -236,12 +237,16 @@ def test_every_kind_of_header_is_there_by_its_name(stage: Stage) -> None:
     assert said == repr([services, {"*": "mem0", "code_interpreter": "jupyter"}, "desk-7"])
     (denied,) = stage.gateway.logged("network.access.denied", request_id="kinds")
     assert (denied["headers"], denied["key_id"]) == (["x-cred-jira-base-url"], "chat")
+    assert _grown(stage.gateway, before) == {"received": 6, "refused": 1}
 
 
 def test_what_was_not_sent_is_said(stage: Stage) -> None:
     assert "x-cred-github-" in stage.said("call missing {} ;; echo")
+    before = stage.gateway.counted("agent_gateway_credential_operations")
     refused = stage.gateway.post("/tools/remote/invoke", {"arguments": {}}, key=CHAT)
     assert refused.status == 503 and "x-cred-vault-api-token" in refused.error["message"]
+    stage.said("call remote {} ;; echo", x_cred_vault_api_token=token(3))
+    assert _grown(stage.gateway, before) == {"missing": 1, "received": 1, "lent": 1}
 
 
 @pytest.mark.parametrize(
@@ -310,6 +315,13 @@ def test_a_tool_that_gives_its_credential_away_leaves_it_in_no_trace(stage: Stag
     stage.collector.wait_for_request("leaking")
     traces = b"".join(stage.collector.bodies)
     assert b"leaked ***" in traces and b"zqgiven" not in traces and "zqgiven" not in stage.gateway.log_text()
+
+
+def _grown(gateway: Gateway, before: dict[str, float]) -> dict[str, float]:
+    """What happened to credentials since, by operation."""
+    now = gateway.counted("agent_gateway_credential_operations")
+    grown = {labels.split('"')[1]: value - before.get(labels, 0) for labels, value in now.items()}
+    return {operation: count for operation, count in grown.items() if count}
 
 
 def _dashed(headers: dict[str, str]) -> dict[str, str]:

@@ -80,6 +80,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gateway, S
         cut=cent,
         painter=cent,
         agent=cent,
+        maxima=cent,
         nested="limits: {cost_per_day_usd: 0.05}",
         tokens="limits: {tokens_per_minute: 60}",
         users="end_user_limits: {requests_per_minute: 2}",
@@ -91,7 +92,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gateway, S
         itself = "\nagent.tools.append(agent.as_tool('again', 'Again.'))\n"
         folder = write_agent(home / "agents", "Itself", "Help.")
         folder.write_text(folder.read_text(encoding="utf-8") + itself, encoding="utf-8")
-        env = {"GATEWAY_RATE_LIMIT_PER_MINUTE": "500", "GATEWAY_END_USER_HEADER": "x-end-user"}
+        env = {"GATEWAY_RATE_LIMIT_PER_MINUTE": "500", "GATEWAY_END_USER_HEADER": "X-End-User"}
         with gateway_of(home, upstream, rules, **env) as gateway:
             wait_for(lambda: len(gateway.listing()) == 2, what="the agents are there")
             yield gateway, upstream
@@ -273,6 +274,40 @@ def test_end_users_are_limited_one_by_one(house: House) -> None:
     headers = {"x-end-user": "ann"}
     answer = gateway.request("POST", "/v1/chat/completions", json_body=body, key="sk-users", headers=headers)
     assert answer.status == 429, "the header comes before the body"
+
+
+def test_end_users_are_the_same_on_every_surface(house: House) -> None:
+    gateway, upstream = house
+    image = {"path": "/v1/images/generations", "model": "local/pictures", "prompt": "a house"}
+    upstream.enqueue(*[Answer(body={"created": 1, "data": [{"url": "https://a/b"}]})] * 2)
+    assert [ask(gateway, "users", user="dora", **image).status for _ in range(2)] == [200, 200]
+    assert ask(gateway, "users", user="dora").status == 429, "pictures count for the end user, too"
+    form = b"".join(
+        b'--a-boundary-of-a-form\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n' % field
+        for field in ((b"user", b"dora"), (b"prompt", b"a house"), (b"model", b"local/pictures"))
+    )
+    headers = {"content-type": "multipart/form-data; boundary=a-boundary-of-a-form"}
+    edit = gateway.request(
+        "POST", "/v1/images/edits", body=form + b"--a-boundary-of-a-form--\r\n", key="sk-users", headers=headers
+    )
+    assert edit.status == 429, edit.body
+    body = {"model": "local/pictures", "prompt": "a house"}
+    headers = {"X-END-USER": "dora"}
+    answer = gateway.request("POST", "/v1/images/generations", json_body=body, key="sk-users", headers=headers)
+    assert answer.status == 429, "the header names the end user there as well"
+    call = {"name": "default__tooled", "arguments": {"input": "Hello"}}
+    headers |= {"accept": "application/json, text/event-stream"}
+    body = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": call}
+    answer = gateway.request("POST", "/mcp", json_body=body, key="sk-users", headers=headers)
+    assert b"rate_limit_exceeded" in answer.body, "and where an agent is asked by MCP"
+
+
+def test_the_larger_of_two_maxima_is_reserved(house: House) -> None:
+    gateway, upstream = house
+    before = len(upstream.requests)
+    answer = ask(gateway, "maxima", max_completion_tokens=1, max_tokens=1000)
+    assert answer.error["code"] == "insufficient_quota", "an upstream may obey either"
+    assert len(upstream.requests) == before
 
 
 def test_the_gateway_counts_its_refusals(house: House) -> None:

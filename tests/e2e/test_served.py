@@ -198,11 +198,14 @@ def test_a_made_key_opens_every_worker_and_its_end_cuts_the_streams_of_all(
     upstream.script("endless", Answer(text="one two three", gate=upstream.gate()))
     body = CALL | {"model": "up/endless", "stream": True}
     with ExitStack() as stack:
-        streams = []
-        for _ in range(TRIES):
+
+        def begun() -> Iterator[str] | None:
+            """A stream that has begun; none where the worker that was asked does not know the key yet."""
             events = stack.enter_context(served.stream("POST", "/v1/chat/completions", json_body=body, key=key)).data()
-            assert "error" not in json.loads(next(events))
-            streams.append(events)
+            first = next(events, None)
+            return events if first is not None and "error" not in json.loads(first) else None
+
+        streams = [wait_for(begun, what="the worker that is asked knows the key") for _ in range(TRIES)]
         revoked = time.monotonic()
         assert served.request("DELETE", "/security/keys/guest").status == 200
         ends = [json.loads(list(events)[-1]) for events in streams]

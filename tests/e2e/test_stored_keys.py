@@ -106,8 +106,31 @@ def test_a_key_is_made_used_rotated_and_revoked_over_two_processes(house: House)
         assert (house.lets_in(one, newest), house.lets_in(two, newest)) == (401, 401)
         assert one.request("DELETE", "/security/keys/alice").status == 404
         assert one.post("/security/keys", {"id": "alice"}).status == 409
+        operations = one.counted("agent_gateway_credential_operations")
+        assert operations == {'operation="key_created"': 1, 'operation="key_rotated"': 2, 'operation="key_revoked"': 1}
         for gateway in (one, two):
             assert not any(shown in gateway.log_text() for shown in (secret, newer, newest))
+
+
+def test_a_secret_that_a_rotation_ends_takes_its_streams_along(house: House) -> None:
+    body = {"model": "up/m", "stream": True, "messages": [{"role": "user", "content": "Hello"}]}
+    with running_gateway(house.folder, env=house.env, key=ADMIN) as gateway:
+        secret = make(gateway, id="leaked", allow_agents=["up/m"])
+        house.upstream.enqueue(fault("hang_part_way"), fault("hang_part_way"))
+        with gateway.stream("POST", "/v1/chat/completions", json_body=body, key=secret) as thief:
+            stolen = thief.data()
+            assert "error" not in next(stolen)
+            newer = gateway.post("/security/keys/leaked/rotate", {"grace_s": 3600}).json()["key"]
+            with gateway.stream("POST", "/v1/chat/completions", json_body=body, key=newer) as owner:
+                own = owner.data()
+                assert "error" not in next(own)
+                newest = gateway.post("/security/keys/leaked/rotate", {"grace_s": 3600}).json()["key"]
+                last = [json.loads(data) for data in stolen][-1]
+                assert last["error"]["code"] == "invalid_api_key", "two rotations later it is nobody's secret"
+                gateway.post("/security/keys/leaked/rotate", {"grace_s": 0})
+                last = [json.loads(data) for data in own][-1]
+                assert last["error"]["code"] == "invalid_api_key", "and without a grace at once"
+        assert house.lets_in(gateway, newest) == 401
 
 
 def test_keys_of_the_file_are_read_only_and_nonsense_is_refused(house: House) -> None:
@@ -133,6 +156,20 @@ def test_keys_of_the_file_are_read_only_and_nonsense_is_refused(house: House) ->
         assert [key["id"] for key in gateway.get("/security/keys").json()["data"] if key["source"] == "store"] == []
 
 
+def test_a_key_until_the_last_day_there_is_can_be_listed(folder: tuple[Path, ScriptedUpstream]) -> None:
+    home, _ = folder
+    rules = (home / "security.yaml").read_text(encoding="utf-8")
+    entry = f'  - {{id: ever, hashed_key: "{"e" * 64}", expires_at: 9999-12-31}}\n'
+    (home / "security.yaml").write_text(rules.rstrip() + "\n" + entry, encoding="utf-8")
+    with running_gateway(home, key=ADMIN) as gateway:
+        for number, end in enumerate(("9999-12-31", "9999-12-31T23:59:59.999999Z", "9999-12-31T23:59:59-12:00")):
+            made = gateway.post("/security/keys", {"id": f"ever-{number}", "expires_at": end})
+            assert (made.status, made.json().get("expires_at")) == (201, "9999-12-31T23:59:59+00:00"), made.body
+        shown = {key["id"]: key["expires_at"] for key in gateway.get("/security/keys").json()["data"]}
+        assert [shown[name] for name in ("ever", "ever-0")] == ["9999-12-31T23:59:59+00:00"] * 2
+        assert gateway.post("/security/refresh").status == 200
+
+
 def test_a_terminal_makes_and_ends_keys_of_a_running_gateway(folder: tuple[Path, ScriptedUpstream]) -> None:
     home, upstream = folder
     house = House(home, PATIENT | {"GATEWAY_STATE_DIR": str(home / "state")}, upstream)
@@ -156,6 +193,8 @@ def test_a_terminal_makes_and_ends_keys_of_a_running_gateway(folder: tuple[Path,
         wait_for(lambda: house.lets_in(gateway, made["key"]) == 200, what="the gateway knows the key")
         assert "bob  active  2090-01-01  chat    up/*" in gateway_keys("list")
         gateway_keys("create", "bob", status=1)
+        gateway_keys("create", "eve", "--expires", "9999-12-31")
+        assert "eve  active  9999-12-31" in gateway_keys("list")
         gateway_keys("revoke", "bob")
         wait_for(lambda: house.lets_in(gateway, made["key"]) == 401, what="the key is refused")
         assert "bob  revoked" in gateway_keys("list")

@@ -5,20 +5,24 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import resource
 import shutil
 import signal
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
+from gateway_cli.main import main
 from tests.support.certificates import certificate
 from tests.support.house import write_agent
+from tests.support.mcp_servers import RAW_SERVER, read_pids
 from tests.support.scripted_upstream import Answer, ScriptedUpstream
 from tests.support.server import Gateway, StartFailed, descendants, running_gateway
 from tests.support.waiting import wait_for
@@ -91,6 +95,34 @@ def test_any_worker_shows_all_and_a_killed_one_takes_nothing_along(home: Path) -
         assert counted(gateway) == 24
         died = gateway.logged("worker.died")
         assert [(line["slot"], line["pid"]) for line in died] == [(1, pids[1])]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_what_workers_start_holds_none_of_their_sockets(home: Path) -> None:
+    """A port that an MCP server held, too, would stay taken after the gateway's end."""
+    pids = home / "pids"
+    (home / "tools.yaml").write_text(
+        "version: 1\ntools:\n"
+        f"  - {{name: raw, provider: mcp, command: ['{sys.executable}', '-S', '-E', '{RAW_SERVER}', '{pids}']}}\n",
+        encoding="utf-8",
+    )
+    env = {**ENV, "GATEWAY_TOOL_CONFIG": str(home / "tools.yaml")}
+    with running_gateway(home, command=serve(2), env=env, key=KEY) as gateway:
+        workers = serving(gateway, 2)
+        wait_for(lambda: pids.exists() and len(read_pids(pids)) == 2, what="each worker has started its MCP server")
+        for worker in workers.values():
+            assert sockets(worker)
+            for pid in read_pids(pids):
+                assert not sockets(pid) & sockets(worker)
+
+
+def sockets(pid: int) -> set[str]:
+    """The sockets that a process holds."""
+    held = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            held.add(os.readlink(descriptor))
+    return {name for name in held if name.startswith("socket:")}
 
 
 def test_under_load_a_killed_worker_costs_only_its_own_requests(home: Path) -> None:
@@ -219,6 +251,19 @@ def test_a_worker_that_cannot_start_is_tried_again_and_again_and_said(home: Path
         wait_for(lambda: 'state="serving"} 2.0' in gateway.get("/metrics/prometheus").body.decode(), what="all serve")
 
 
+def test_a_supervisor_that_can_start_no_process_keeps_the_workers_it_has_and_tries_again(home: Path) -> None:
+    with running_gateway(home, env=ENV, key=KEY, command=serve(2)) as gateway:
+        pids = serving(gateway, 2)
+        before = resource.prlimit(gateway.process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(gateway.process.pid, resource.RLIMIT_NOFILE, (3, before[1]))
+        os.kill(pids[1], signal.SIGRTMIN + 5)  # of these some have no name
+        gateway.logged("worker.died", where=lambda line: "No worker can be started" in line["message"])
+        assert gateway.post("/v1/chat/completions", CALL).status == 200, "the other worker serves on"
+        resource.prlimit(gateway.process.pid, resource.RLIMIT_NOFILE, before)
+        assert wait_for(lambda: (now := serving(gateway, 2)) and now[1] != pids[1] and now, what="slot 1 is filled")
+        assert gateway.process.poll() is None
+
+
 def test_an_override_holds_in_every_worker_and_in_one_that_comes_later(home: Path) -> None:
     (home / "security.yaml").write_text(
         f"version: 1\napi_keys:\n  - {{id: narrow, key: '{OTHER}', allow_agents: ['nothing/*']}}\n", encoding="utf-8"
@@ -342,6 +387,24 @@ def test_sighup_reloads_without_dropping_a_stream(home: Path, upstream: Scripted
             assert [line for line in lines if line][-1] == "data: [DONE]"
 
 
+def test_the_command_line_reaches_a_gateway_with_tls_and_shows_no_key_to_a_stranger(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    authority, _ = certificate(home)
+    env = ENV | {"GATEWAY_TLS_CERT": str(authority), "GATEWAY_TLS_KEY": str(home / "key.pem")}
+    with running_gateway(home, env=env, key=KEY, command=serve(1), ready=None) as gateway:
+        here, elsewhere = (f"https://{host}:{gateway.port}" for host in ("127.0.0.1", "127.1"))
+        wait_for(lambda: main(["health", "--url", here]) == 0, what="it serves")
+        assert main(["list", "--url", here, "--key", KEY]) == 0
+        assert main(["tools", "list", "--url", here, "--key", KEY]) == 0
+        assert main(["health", "--url", here, "--key", KEY, "--providers"]) == 0
+        assert main(["health", "--url", elsewhere]) == 0, "without a key it is only asked whether it serves"
+        capsys.readouterr()
+        for command in (["list"], ["tools", "list"], ["health", "--providers"]):
+            assert main([*command, "--url", elsewhere, "--key", KEY]) == 1
+            assert "certificate" in capsys.readouterr().err
+
+
 def test_tls_and_its_certificate_can_be_replaced(home: Path) -> None:
     (home / "next").mkdir()
     authority, _ = certificate(home)
@@ -392,3 +455,11 @@ def test_a_supervisor_that_is_killed_takes_its_workers_along(home: Path) -> None
         pids = serving(gateway, 2).values()
         gateway.process.kill()
         wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), what="nobody is left")
+
+
+def test_a_list_that_is_asked_for_too_early_says_so(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_agent(home / "agents", "Slow", "Wait.", extra="import time\n\ntime.sleep(50)\n")
+    env = ENV | {"GATEWAY_AGENT_IMPORT_TIMEOUT_S": "60"}
+    with running_gateway(home, env=env, key=KEY, command=serve(1), ready="/health") as gateway:
+        assert main(["list", "--url", gateway.url, "--key", KEY]) == 0
+        assert "still loading its agents" in capsys.readouterr().out

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -107,6 +108,12 @@ class Gateway(HttpClient):
         answer = self.get("/agents")
         assert answer.status == 200, answer.body
         return {entry["qualified_name"]: entry for entry in answer.json()}
+
+    def counted(self, metric: str) -> dict[str, float]:
+        """The samples of a counter (``agent_gateway_…`` without ``_total``) by their labels, as they are written."""
+        text = self.get("/metrics/prometheus").body.decode()
+        found = re.findall(rf"^{re.escape(metric)}_total{{(.*)}} (\S+)$", text, re.MULTILINE)
+        return {labels: float(value) for labels, value in found}
 
     def model_ids(self, **options: Any) -> set[str]:
         """The ids of ``GET /v1/models``."""

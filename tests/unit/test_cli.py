@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from gateway.upstreams.config import load_upstreams
 from gateway.upstreams.table import open_upstreams
 from gateway_cli import offline
 from gateway_cli.banner import curl, python, render_banner
+from gateway_cli.errors import CliError
 from gateway_cli.main import main
 from gateway_cli.state import announce, find_running, state_file
 
@@ -39,9 +41,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder to call commands in; some of them configure logging, which other tests want as it was."""
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield tmp_path
+    root.setLevel(level)
+    root.handlers[:] = handlers
 
 
 def test_help_answers_at_once_and_imports_neither_sdk_nor_web_framework() -> None:
@@ -116,6 +123,17 @@ def test_new_makes_a_folder_and_names_the_model(home: Path, capsys: pytest.Captu
     assert "Next: gateway dev" in out
     compile((home / "src/agents/WeatherAgent/agent.py").read_text(encoding="utf-8"), "agent.py", "exec")
     assert not list(home.rglob("__init__.py"))
+
+
+def test_new_names_the_command_that_runs_in_this_environment(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GATEWAY_ENV", "production")
+    monkeypatch.setenv("GATEWAY_STATE_DIR", str(home / "state"))
+    assert main(["new", "Weather"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "Next: gateway serve"
+    assert main(["new", "Weather", "--path", "some/where"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "Next: gateway serve some/where"
 
 
 def test_new_makes_the_folder_of_agents_that_is_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,6 +258,64 @@ def test_doctor_names_a_wrong_configuration(home: Path, capsys: pytest.CaptureFi
     (config / "upstreams.yaml").write_text("upstreams:\n  - nam: x\n", encoding="utf-8")
     assert main(["doctor"]) == 1
     assert "FAIL  upstreams: upstreams.yaml:2: unknown key 'nam'; did you mean 'name'?" in capsys.readouterr().out
+
+
+def test_doctor_says_what_a_jail_needs(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = home / "src" / "config"
+    config.mkdir(parents=True)
+    (config / "tools.yaml").write_text("tools:\n  - {name: sh, provider: shell}\n", encoding="utf-8")
+    monkeypatch.setenv("PATH", str(config))
+    assert main(["doctor"]) == 1
+    wanted = "'bwrap' is not installed. Install the package 'bubblewrap'"
+    assert f"FAIL  tools: sh: {wanted}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("GATEWAY_BUDGET_ALERT_URL", "ftp://x"),
+        ("GATEWAY_BUDGET_ALERT_URL", "http://[::1"),
+        ("GATEWAY_BUDGET_ALERT_URL", "http://127.0.0.1:99999/x"),
+        ("GATEWAY_BUDGET_ALERT_URL", "http://me:word@127.0.0.1/x"),
+        ("GATEWAY_CORS_ORIGINS", "app.example"),
+        ("GATEWAY_DATABASE_URL", "mysql://x"),
+        ("GATEWAY_KEY_PEPPER", "short"),
+        ("GATEWAY_LIMITS_STORE", "redis"),
+        ("GATEWAY_READY_NEEDS", "redis"),
+        ("GATEWAY_REDIS_URL", "somewhere"),
+        ("GATEWAY_TLS_CERT", "/nowhere.pem"),
+        ("GATEWAY_TRACES", "2"),
+        ("GATEWAY_TRUSTED_HOSTS", "a/b"),
+        ("GATEWAY_TRUSTED_PROXIES", "a-proxy"),
+    ],
+)
+def test_doctor_refuses_what_a_start_refuses(
+    name: str, value: str, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["new", "Weather"]) == 0
+    monkeypatch.setenv("GATEWAY_BUDGET_ALERT_SECRET", "shh")
+    monkeypatch.setenv(name, value)
+    assert main(["doctor"]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
+    assert len(failed) == 1 and name.removesuffix("_CERT") in failed[0]
+
+
+def test_a_state_folder_that_cannot_be_written_to_is_one_sentence(home: Path) -> None:
+    (home / "file").touch()
+    settings = Settings(state_dir=home / "file" / "state")
+    with pytest.raises(CliError, match="set GATEWAY_STATE_DIR"), announce(settings, "http://127.0.0.1:1"):
+        pass
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:ab", "http://127.0.0.1:99999", "http://[::1", "http://", "ftp://x"])
+@pytest.mark.parametrize("command", ["list", "health", "health --providers", "tools list"])
+def test_what_is_no_address_is_one_sentence(
+    command: str, url: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command.split(), "--url", url]) == 2
+    assert capsys.readouterr().err == f"gateway: {url} is not an address; write http://HOST:PORT.\n"
 
 
 def test_the_state_file_lives_as_long_as_the_gateway(home: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,27 @@ def test_settings_say_where_they_come_from_and_hide_secrets(monkeypatch: pytest.
     assert "GATEWAY_PORT = 8123  (GATEWAY_PORT)" in text
     assert "GATEWAY_HOST = 127.0.0.1  (default)" in text
     assert "GATEWAY_API_KEY = ***" in text and "very-secret" not in text
+
+
+def test_no_password_is_in_what_settings_say_and_no_number_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_DATABASE_URL", "postgresql://gateway:canary1@db.example/x?password=canary2")
+    monkeypatch.setenv("GATEWAY_REDIS_URL", "redis://:canary3@redis.example:6379/0")
+    monkeypatch.setenv("GATEWAY_BUDGET_ALERT_URL", "https://hooks.example/T0/canary4")
+    monkeypatch.setenv("GATEWAY_BUDGET_ALERT_SECRET", "canary5")
+    monkeypatch.setenv("GATEWAY_KEY_PEPPER", "canary6")
+    monkeypatch.setenv("GATEWAY_METRICS_TOKEN", "canary7")
+    monkeypatch.setenv("OPENAI_API_KEY", "canary8")
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://me:canary9@models.example/v1")
+    text = render_settings(Settings.from_env())
+    assert "canary" not in text
+    assert "GATEWAY_DATABASE_URL = postgresql://db.example/***  (GATEWAY_DATABASE_URL)" in text
+    assert "GATEWAY_BUDGET_ALERT_SECRET = ***" in text
+    assert "GATEWAY_RUN_MAX_TOKENS = 5000000  (default)" in text
+
+
+def test_every_setting_that_holds_a_secret_is_marked_as_one() -> None:
+    named = {item.name for item in fields(Settings) if re.search(r"api_key|_token$|secret|pepper|password", item.name)}
+    assert named <= {item.name for item in fields(Settings) if item.metadata["secret"]}
 
 
 def test_nothing_to_explain_is_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,6 +132,7 @@ def test_a_field_that_only_sounds_like_one_is_shown(lines: Lines, name: str, val
         "Authorization: Bearer canary-0123",
         "wrong key sk-gw-canary0123456789 given",
         "https://user:canary@host/x",
+        "redis://:canary@host:6379/0",
         "token eyJhbGciOiJI.eyJzdWIiOiJjYW5hcnk.canary",
     ],
 )
@@ -349,3 +350,31 @@ def test_whoever_else_listens_hears_the_lines_of_every_call(lines: Lines) -> Non
         shape.log(["/c"])
     assert heard == ["call.ended"]
     assert [line["path"] for line in lines.all()] == ["/a", "/b", "/c"]
+
+
+def test_text_for_a_terminal_says_the_same_and_nothing_more(lines: Lines) -> None:
+    configure_logging("info", lines.stream, as_text=True)
+    with bind_request_id("req-1"):
+        log_event(LOGGER, "tool.invoke", level=logging.WARNING, tool_name="weather", agent_id=None, duration_ms=1.5)
+        log_event(LOGGER, "a.b", message="it\nsays\x1b[2J", note="two words", token="zq", items=[1, "x"], key_id="k=1")
+        LOGGER.error("Bearer %s", "abcdefgh")
+    text = lines.stream.getvalue()
+    first, second, third = [line.partition("Z ")[2] for line in text.splitlines()]
+    assert first == "WARNING tool.invoke request_id=req-1 tool_name=weather duration_ms=1.5"
+    assert second == (
+        'INFO    a.b it\\x0asays\\x1b[2J request_id=req-1 note="two words" token=*** items=[1,"x"] key_id="k=1"'
+    )
+    assert third == "ERROR   gateway.test *** request_id=req-1"
+
+
+def test_only_the_frames_of_an_exception_have_lines_of_their_own(lines: Lines) -> None:
+    configure_logging("info", lines.stream, as_text=True)
+    text = "-".join(("zq", "secret"))
+    try:
+        raise ValueError(text)
+    except ValueError as error:
+        log_event(LOGGER, "x.failed", level=logging.ERROR, exc_info=error)
+    first, *frames = lines.stream.getvalue().splitlines()
+    assert first.endswith("ERROR   x.failed")
+    assert frames[-1] == "    ValueError" and all(line.startswith("    ") for line in frames)
+    assert "zq-secret" not in lines.stream.getvalue()

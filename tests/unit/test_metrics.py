@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
+from pathlib import Path
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -277,3 +279,22 @@ def test_what_is_observed_waits_until_it_is_counted_together() -> None:
         "+Inf": 4,
     }
     assert found[f"{name}_sum{{route=/a}}"] == pytest.approx(1_000_610)
+
+
+PROMISED = (
+    "auth_events policy_decisions access_denials credential_operations agent_runs tool_calls llm_requests llm_tokens "
+    "team_runs audit_ knowledge_ versions_created forks version_approvals"
+)
+
+
+def test_names_of_other_gateways_lead_to_metrics_that_exist() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "references" / "metrics.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.*) \| (.*) \|$", page.partition("## Names of other gateways")[2], re.MULTILINE)[1:]
+    there, here = " ".join(row[0] for row in rows), " ".join(row[1] for row in rows)
+    assert [name for name in PROMISED.split() if name not in there] == []
+    known = {family.name: set(family.labels) for family in Metrics().families}
+    named = re.findall(r"`((?:agent_gateway|gen_ai)\w+)(?:{([^}]*)})?`", here)
+    assert len(named) >= 10
+    for name, labels in named:
+        assert name.removesuffix("_total") in known, name
+        assert set(re.findall(r"([a-z_]+)(?:=|,|$)", labels)) <= known[name.removesuffix("_total")], (name, labels)

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -329,12 +329,13 @@ def test_the_ring_of_errors_is_bounded_and_newest_first(shelf: Shelf, root: Path
 
 
 @contextmanager
-def watching(shelf: Shelf, *roots: Path, **options: Any) -> Iterator[None]:
-    """Watch for the duration of the block; begins when the watch stands."""
-    settings = replace(shelf.bench.settings, agent_path=roots[0])
+def watching(shelf: Shelf, *roots: Path, before: Callable[[], object] = lambda: None, **options: Any) -> Iterator[None]:
+    """Watch for the duration of the block; begins when the watch stands. ``before`` is called before it does."""
+    reloader = Reloader(replace(shelf.bench.settings, agent_path=roots[0]), shelf.catalogue, roots, **options)
+    before()
 
     async def begin() -> asyncio.Task[None]:
-        return asyncio.create_task(Reloader(settings, shelf.catalogue, roots, **options).watch())
+        return asyncio.create_task(reloader.watch())
 
     async def end() -> None:
         task.cancel()
@@ -383,6 +384,31 @@ def test_a_root_that_appears_later_and_helpers_elsewhere_are_watched(
             return shelf.instructions("some") == "two"
 
         wait_for(changed)
+
+
+def test_a_yaml_file_that_changed_while_no_watch_stood_is_read_and_no_other(shelf: Shelf, root: Path) -> None:
+    """As between a start and its watch, or while another set of folders comes to be watched."""
+    calls: list[str] = []
+    config = root.parent / "config"
+    config.mkdir()
+    write(config, "upstreams.yaml", "version: 1\n")
+    write(config, "prices.yaml", "version: 1\n")
+
+    def counting(name: str) -> Callable[[], Awaitable[None]]:
+        async def reload() -> None:
+            calls.append(name)
+
+        return reload
+
+    names = ("security.yaml", "upstreams.yaml", "prices.yaml")
+
+    def change() -> None:
+        write(config, "security.yaml", "version: 1\n")  # new
+        (config / "prices.yaml").unlink()
+
+    with watching(shelf, root, before=change, on_change={name: counting(name) for name in names}):
+        wait_for(lambda: {"security.yaml", "prices.yaml"} <= set(calls), what="both are read")
+    assert "upstreams.yaml" not in calls
 
 
 def test_yaml_files_call_what_reloads_them(shelf: Shelf, root: Path) -> None:

@@ -392,3 +392,17 @@ def test_the_state_folder_stands_beside_the_agents_in_development_and_with_the_p
     assert Settings(agent_path=tmp_path / "agents").state_folder() == tmp_path.resolve() / ".gateway"
     assert Settings(environment="production").state_folder() == tmp_path / "data" / "agent-gateway"
     assert Settings(environment="production", state_dir=tmp_path).state_folder() == tmp_path
+
+
+def test_why_the_database_cannot_be_had_is_in_the_log_without_its_password(caplog: pytest.LogCaptureFixture) -> None:
+    async def work() -> None:
+        settings = Settings(database_url="postgresql://me:canary@127.0.0.1:1/gateway")
+        async with Store(database_url(settings), (ROOM,)) as store:
+            with pytest.raises(StoreUnavailable) as caught:
+                await store.open()
+            assert "127.0.0.1" not in caught.value.message, "callers are not told where it is"
+
+    asyncio.run(work())
+    (failed,) = [record for record in caplog.records if record.__dict__.get("event") == "store.open.failed"]
+    reason = failed.__dict__["fields"]["reason"]
+    assert "refused" in reason and "canary" not in reason

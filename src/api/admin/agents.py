@@ -96,6 +96,8 @@ def _record(found: states.SharedAgent) -> AgentRecord:
         "aliases": list(entry.aliases),
         "expose": entry.expose,
     }
+    if entry.model_config is not None:
+        metadata["model_config"] = msgspec.to_builtins(entry.model_config)
     if found.workers:
         metadata |= {"workers": [msgspec.to_builtins(here) for here in found.workers], "workers_agree": found.agree}
     if first is not None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from gateway.security.moments import in_utc
 
 
 def iso(moment: float) -> str:
     """Return epoch seconds as ISO 8601 in UTC, to the millisecond."""
-    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return in_utc(moment).isoformat(timespec="milliseconds").replace("+00:00", "Z")

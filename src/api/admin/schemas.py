@@ -63,6 +63,7 @@ _TOOL_CALL = _object(
 )
 _FINISH = {"type": ["string", "null"], "enum": ["stop", "length", "tool_calls", "content_filter", None]}
 
+_PROVIDER = {"enum": ["local", "http", "openapi", "mcp", "shell", "file_ops", "research"]}
 _SOURCE = {"enum": ["configuration", "store"], "description": "`tools.yaml`, or registered at run time."}
 
 COMPONENTS: dict[str, Any] = {
@@ -96,7 +97,7 @@ COMPONENTS: dict[str, Any] = {
     "Tool": _object(
         {
             "name": _STRING,
-            "provider": {"enum": ["local", "http", "openapi", "mcp"]},
+            "provider": _PROVIDER,
             "entry": {"type": "string", "description": "The entry of tools.yaml."},
             "module": _nullable("string"),
             "url": _nullable("string"),
@@ -143,7 +144,7 @@ COMPONENTS: dict[str, Any] = {
         {
             "name": _STRING,
             "object": _const("tool_entry"),
-            "provider": {"enum": ["local", "http", "openapi", "mcp"]},
+            "provider": _PROVIDER,
             "source": _SOURCE,
             "url": _nullable("string"),
             "headers": {**_NAMES, "description": "Names of the headers that are sent, without their values."},

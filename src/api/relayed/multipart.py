@@ -15,8 +15,8 @@ from gateway.errors import InvalidRequest
 HEADER_BYTES = 8 * 1024
 MODEL_BYTES = 512
 MOST_PARTS = 1_000
-_NOTED = {b"n", b"size", b"quality"}
-_NOTED_BYTES = 32
+_NOTED = {b"n", b"size", b"quality", b"user"}
+_NOTED_BYTES = 256
 
 _BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,./:=?-]{1,70}")
 _HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
@@ -41,7 +41,7 @@ class FormRewriter:
 
     ``rename`` is called once with the value of ``model`` and returns what stands there instead. ``growth`` is how many
     bytes the form has grown by then; None where only the end tells. ``model`` is None until the field has come.
-    ``noted`` are the fields that say how much is asked for, as far as they have come.
+    ``noted`` are the fields that say how much is asked for and for whom, as far as they have come.
     """
 
     def __init__(self, boundary: str, rename: Callable[[str], str]) -> None:

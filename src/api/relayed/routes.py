@@ -14,12 +14,13 @@ import msgspec
 
 from api.chat_completions.encoder import encode_error, limit_headers, spending_headers
 from api.chat_completions.routes import serve_model_call
-from api.dependencies import read_body
+from api.dependencies import end_user, read_body
 from api.errors import public
 from api.relayed.multipart import FormRewriter, find_boundary
 from api.relayed.upload import Upload
 from api.routing import Handler, Headers, Request, Response
 from api.sse import STALL_S, ClientGone, Connection
+from gateway.admission import end_user_of
 from gateway.chat import COMPLETIONS_PATH, EMBEDDINGS_PATH, decode_body, decode_model, decode_value
 from gateway.errors import GatewayError, InvalidRequest
 from gateway.events import RelayedChunk, RelayedHead, RelayEnded, RunEvent
@@ -44,6 +45,7 @@ class _Prepared(NamedTuple):
     destination: Destination
     outgoing: ByteRequest
     asked: Callable[[], Asked]
+    end_user: str | None = None
 
 
 async def create_completion(request: Request) -> Response | None:
@@ -64,10 +66,14 @@ def relayed(path: str, *, model: NamesModel) -> Handler:
         try:
             with Connection(upload.receive) as connection:
                 upload.connection = connection
-                destination, outgoing, asked = await _prepare(request, upload, path, model)
-                settings = request.gateway.settings
+                destination, outgoing, asked, named = await _prepare(request, upload, path, model)
                 run = byte_run(
-                    destination, path, principal=request.caller, request_id=request.request_id, settings=settings
+                    destination,
+                    path,
+                    principal=request.caller,
+                    request_id=request.request_id,
+                    settings=request.gateway.settings,
+                    end_user=end_user(request) or named,
                 )
                 if run.principal.allowance is not None:
                     limiter, snapshot = request.gateway.limiter, request.gateway.holder.current
@@ -135,7 +141,7 @@ async def _prepare(request: Request, upload: Upload, path: str, model: NamesMode
     if name is not None:
         renamed["model"] = destination.name
     outgoing = ByteRequest(method, target, msgspec.json.encode(renamed), "application/json", accept)
-    return _Prepared(destination, outgoing, lambda: asked)
+    return _Prepared(destination, outgoing, lambda: asked, end_user_of(fields))
 
 
 async def _prepare_form(
@@ -184,10 +190,11 @@ async def _prepare_form(
     if upload.complete:
         await pieces.aclose()
         outgoing = replace(draft, body=b"".join(begun), content_type=form.content_type)
-        return _Prepared(destination, outgoing, asked)
+        return _Prepared(destination, outgoing, asked, form.noted.get("user"))
     length = None if upload.declared is None or form.growth is None else upload.declared + form.growth
     body = _rest(form, begun, pieces)
-    return _Prepared(destination, replace(draft, body=body, content_type=form.content_type, length=length), asked)
+    outgoing = replace(draft, body=body, content_type=form.content_type, length=length)
+    return _Prepared(destination, outgoing, asked, form.noted.get("user"))
 
 
 async def _rest(

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from gateway.config import Settings
+from gateway.config import Settings, is_web_address
 from gateway.errors import ConfigError
 from gateway.limits.port import LimitStore, LimitStoreDown, once
 from gateway.limits.rules import NANO, Counted
@@ -34,6 +34,9 @@ _log = logging.getLogger("gateway.limits")
 _ANSWER_S = 10.0
 _BACKOFF_S = (1.0, 5.0, 30.0, 120.0, 600.0)
 _MOST_WAITING = 1_000
+_AT_ONCE = 4
+"""Deliveries under way: the threads they wait in are those of plain tools, too."""
+
 _CLOSE_S = 2.0
 
 Post = Callable[[str, bytes, dict[str, str]], int]
@@ -67,6 +70,7 @@ class BudgetAlerts:
         self._backoff_s = backoff_s
         self._reached: dict[tuple[str, float], float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._lanes = asyncio.Semaphore(_AT_ONCE)
 
     async def __aenter__(self) -> BudgetAlerts:
         return self
@@ -116,34 +120,43 @@ class BudgetAlerts:
                 },
             }
         )
-        delivery = f"msg_{uuid.uuid4().hex}"
-        for wait_s in (*self._backoff_s, None):
-            reason = await self._deliver(delivery, body)
+        reason: str | None = "the gateway ended"
+        try:
+            reason = await self._try(f"msg_{uuid.uuid4().hex}", body)
+        finally:  # also where the gateway ends before it has arrived: no other process will tell of it
             if reason is None:
                 self._metrics.budget_alert("delivered")
                 log_event(_log, "budget.alert.sent", budget=of.rule.key, share=share)
-                return
-            if wait_s is None:
-                break
+            else:
+                self._metrics.budget_alert("failed")
+                log_event(
+                    _log, "budget.alert.failed", level=logging.ERROR, budget=of.rule.key, share=share, reason=reason
+                )
+
+    async def _try(self, delivery: str, body: bytes) -> str | None:
+        """Send until it arrives; return why it did not after the last try, or None."""
+        for wait_s in self._backoff_s:
+            if await self._deliver(delivery, body) is None:
+                return None
             self._metrics.budget_alert("retried")
             await asyncio.sleep(wait_s)
-        self._metrics.budget_alert("failed")
-        log_event(_log, "budget.alert.failed", level=logging.ERROR, budget=of.rule.key, share=share, reason=reason)
+        return await self._deliver(delivery, body)
 
     async def _deliver(self, delivery: str, body: bytes) -> str | None:
         """Send once; return why it did not arrive, or None."""
-        moment = int(time.time())
-        headers = {
-            "content-type": "application/json",
-            "user-agent": "agent-gateway",
-            "webhook-id": delivery,
-            "webhook-timestamp": str(moment),
-            "webhook-signature": signature(self._config.secret, delivery, moment, body),
-        }
-        try:
-            status = await asyncio.to_thread(self._post, self._config.url, body, headers)
-        except (OSError, http.client.HTTPException) as error:
-            return type(error).__name__
+        async with self._lanes:
+            moment = int(time.time())
+            headers = {
+                "content-type": "application/json",
+                "user-agent": "agent-gateway",
+                "webhook-id": delivery,
+                "webhook-timestamp": str(moment),
+                "webhook-signature": signature(self._config.secret, delivery, moment, body),
+            }
+            try:
+                status = await asyncio.to_thread(self._post, self._config.url, body, headers)
+            except (OSError, http.client.HTTPException) as error:
+                return type(error).__name__
         return None if 200 <= status < 300 else f"status {status}"
 
 
@@ -159,9 +172,13 @@ def alert_config(settings: Settings) -> AlertConfig | None:
     url, secret = settings.budget_alert_url, settings.budget_alert_secret
     if url is None:
         return None
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if not is_web_address(url):
         raise ConfigError("GATEWAY_BUDGET_ALERT_URL is not an address; write https://HOST/PATH.")
+    if urlsplit(url).username is not None:
+        raise ConfigError(
+            "GATEWAY_BUDGET_ALERT_URL has a user before its host, which is not sent; leave it out: the receiver knows "
+            "the gateway by the signature."
+        )
     if secret is None:
         raise ConfigError("GATEWAY_BUDGET_ALERT_URL needs GATEWAY_BUDGET_ALERT_SECRET, which alerts are signed with.")
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Literal
 
 from gateway.config import Settings
 from gateway.errors import ConfigError
@@ -37,15 +38,24 @@ async def open_limiter(
         yield await stack.enter_async_context(Limiter(counters, metrics, on_spent=sender.spent))
 
 
-async def _counters(settings: Settings, store: Store, stack: AsyncExitStack, *, is_alone: bool) -> LimitStore:
+def choose_store(settings: Settings, *, is_alone: bool) -> Literal["memory", "redis", "sql"]:
+    """Return where is counted; raise `ConfigError` for settings that do not go together."""
     kind = settings.limits_store
-    if kind == "auto" and settings.redis_url is not None:
-        kind = "redis"
-    elif kind == "auto":
-        kind = "memory" if is_alone and settings.database_url is None else "sql"
+    if kind == "redis" and settings.redis_url is None:
+        raise ConfigError("GATEWAY_LIMITS_STORE=redis needs GATEWAY_REDIS_URL.")
+    if kind == "memory" and not is_alone:
+        raise ConfigError("GATEWAY_LIMITS_STORE=memory counts in each worker process alone; use auto, redis or sql.")
+    if kind != "auto":
+        return kind
+    if settings.redis_url is not None:
+        return "redis"
+    return "memory" if is_alone and settings.database_url is None else "sql"
+
+
+async def _counters(settings: Settings, store: Store, stack: AsyncExitStack, *, is_alone: bool) -> LimitStore:
+    kind = choose_store(settings, is_alone=is_alone)
     if kind == "redis":
-        if settings.redis_url is None:
-            raise ConfigError("GATEWAY_LIMITS_STORE=redis needs GATEWAY_REDIS_URL.")
+        assert settings.redis_url is not None, "`choose_store` saw to it"
         from gateway.limits.redis import RedisLimits  # noqa: PLC0415 - Redis: only where it is configured
 
         return RedisLimits(await stack.enter_async_context(open_redis(settings.redis_url)))
@@ -53,6 +63,4 @@ async def _counters(settings: Settings, store: Store, stack: AsyncExitStack, *, 
         from gateway.limits.sql import SqlLimits  # noqa: PLC0415 - SQLAlchemy: only where it is needed
 
         return SqlLimits(store)
-    if not is_alone:
-        raise ConfigError("GATEWAY_LIMITS_STORE=memory counts in each worker process alone; use auto, redis or sql.")
     return MemoryLimits()

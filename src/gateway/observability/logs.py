@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object per line on stderr, with the request id of whoever caused it.
+"""Structured logs: one JSON object (or readable text) per line on stderr, with the request id of whoever caused it.
 
 Every line holds ``timestamp, level, logger, event, request_id, message`` and then the event's own fields. Stderr,
 because stdout belongs to what a person asked the command line for. Secrets are masked by the name of their field and
@@ -49,13 +49,16 @@ _SECRET_SHAPES = re.compile(
     r"(?i:\b(?:bearer|basic)\s+)[\w.~+/=-]{4,}"  # an authorization header
     r"|\b(?:sk|pk|gw|agw|ghp|xox[a-z])[-_][\w-]{12,}"  # keys with a well-known prefix
     r"|\beyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)?"  # a JSON web token
-    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # user and password in a URL
+    r"|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"  # user and password in a URL; Redis takes one without a user
 )
 _UNSAFE = re.compile("[\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 """What JSON leaves as it is and a terminal or a log viewer may obey; below U+0020 JSON escapes by itself."""
 
 
 _STANDARD = frozenset(logging.LogRecord("", 0, "", 0, "", (), None).__dict__) | {"message", "asctime", "taskName"}
+_CONTROL = re.compile("[\x00-\x1f]")
+_BARE = re.compile(r"[^\s\"=\x00-\x1f\[{]+")
+_decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.Encoder(decimal_format="number").encode
 _ROOT = logging.getLogger()
 
@@ -244,14 +247,15 @@ class _Heads(dict[int, str]):
 
 
 def configure_logging(
-    level: str = "info", stream: TextIO | None = None, *, exception_text: bool = False
+    level: str = "info", stream: TextIO | None = None, *, exception_text: bool = False, as_text: bool = False
 ) -> logging.Handler:
     """Send every logger of the process, uvicorn's included, through one JSON handler, and return it.
 
-    ``exception_text``: lines may hold the texts of exceptions, which quote prompts and secrets at times.
-    Calling it again replaces the handler. uvicorn's access log is switched off: ``http.request`` takes its place.
+    ``as_text``: lines are for people instead. ``exception_text``: lines may hold the texts of exceptions, which quote
+    prompts and secrets at times. Calling it again replaces the handler. uvicorn's access log is switched off:
+    ``http.request`` takes its place.
     """
-    handler = JsonHandler(stream, exception_text=exception_text)
+    handler = JsonHandler(stream, exception_text=exception_text, as_text=as_text)
     root = logging.getLogger()
     for old in [h for h in root.handlers if isinstance(h, JsonHandler)]:
         root.removeHandler(old)
@@ -261,22 +265,34 @@ def configure_logging(
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = name != "uvicorn.access"  # without any handler uvicorn skips its access log altogether
+    logging.getLogger("uvicorn.error").addFilter(_NO_ECHO)  # added once, however often
     for name in _QUIET:
         logging.getLogger(name).setLevel(max(root.level, logging.WARNING))
     logging.captureWarnings(True)
     return handler
 
 
+class _NoEcho(logging.Filter):
+    """Drops what uvicorn says of an answer that was cut: a line of the gateway's own has the reason."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.msg != "ASGI callable returned without completing response."
+
+
+_NO_ECHO = _NoEcho()
+
+
 class JsonHandler(logging.Handler):
-    """Writes each record as one JSON line; a closed or full stream loses lines, never the request.
+    """Writes each record as one JSON line, or as text made of that; a closed or full stream loses lines, no request.
 
     Events below WARNING that are logged inside an event loop are written once it has gone round, together, and those
     that every call logs within a tenth of a second: a system call for each line would cost more than the line.
     """
 
-    def __init__(self, stream: TextIO | None = None, *, exception_text: bool = False) -> None:
+    def __init__(self, stream: TextIO | None = None, *, exception_text: bool = False, as_text: bool = False) -> None:
         super().__init__()
         self.exception_text = exception_text
+        self._as_text = as_text
         self._stream = stream
         self._pending: list[str] = []
         self._due: asyncio.AbstractEventLoop | None = None
@@ -316,7 +332,7 @@ class JsonHandler(logging.Handler):
                 return
             stream = self._stream or sys.stderr
             try:
-                stream.write("".join(pending))
+                stream.write("".join(map(readable, pending) if self._as_text else pending))
                 stream.flush()
             except (OSError, ValueError):
                 return
@@ -330,6 +346,35 @@ def format_record(record: logging.LogRecord, *, exception_text: bool = False) ->
         event, fields = None, {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
     error = record.exc_info[1] if record.exc_info else None
     return _line(record.created, record.levelno, record.name, event, record.getMessage(), error, fields, exception_text)
+
+
+def readable(line: str) -> str:
+    """Return a JSON line as text for people: time, level, event, what is said, then the fields as ``name=value``.
+
+    It is made of the finished line, so that nothing is in it that the JSON would not hold. What a value holds cannot
+    begin a line of its own: only the frames of an exception have further lines, indented.
+    """
+    fields: dict[str, Any] = _decode(line)
+    stamp, level = fields.pop("timestamp"), fields.pop("level")
+    event, message = fields.pop("event", None), fields.pop("message", "")
+    logger, error = fields.pop("logger"), fields.pop("exception", None)
+    words = [stamp, f"{level.upper():<7}", event or logger]
+    if message != event:
+        words.append(_plain(message))
+    words += [f"{name}={_value(value)}" for name, value in fields.items() if value is not None]
+    lines = [" ".join(words)]
+    if isinstance(error, dict):
+        lines += [f"    {_plain(frame)}" for frame in error["traceback"].splitlines()]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(text: str) -> str:
+    return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
+
+
+def _value(value: Any) -> str:
+    """Return a value as it needs no quotes, else as JSON."""
+    return value if isinstance(value, str) and _BARE.fullmatch(value) else _encode(value).decode()
 
 
 def _only_handler(logger: logging.Logger) -> JsonHandler | None:

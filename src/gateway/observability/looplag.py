@@ -61,26 +61,37 @@ class _LoopWatch(threading.Thread):
     def _tell(self) -> None:
         frame = sys._current_frames().get(self._thread_id)
         if frame is not None and not self._alive.is_set():
-            found = _culprit(frame)
-            who = f"the tool '{found['tool_name']}'" if found["tool_name"] else f"{found['function']}()"
+            code, is_ours = _place(frame)
+            found = _culprit(frame, code)
             log_event(
                 _log,
                 "loop.blocked",
                 level=logging.WARNING,
-                message=f"Nothing else is served while {who} blocks the event loop: a plain 'def' runs beside it",
+                message=_words(found, is_ours=is_ours),
                 after_s=BLOCKED_S,
                 **found,
             )
 
 
-def _culprit(innermost: FrameType) -> dict[str, Any]:
-    """Return what runs, and for which request as far as the frames of the task say so."""
+def _words(found: dict[str, Any], *, is_ours: bool) -> str:
+    if found["tool_name"]:
+        who = f"the tool '{found['tool_name']}'"
+    elif found["function"] == "<module>":
+        who = f"the import of {found['module_path']}"
+    else:
+        who = f"{found['function']}()"
+    if is_ours:
+        return f"Nothing else is served while the gateway itself is busy with {who}"
+    return f"Nothing else is served while {who} blocks the event loop: a plain 'def' runs beside it"
+
+
+def _culprit(innermost: FrameType, code: FrameType) -> dict[str, Any]:
+    """Return what runs at ``code``, and for which request as far as the frames of the task say so."""
     frame: FrameType | None = innermost
-    code = _authors(innermost)
     found: dict[str, Any] = {
         "module_path": code.f_code.co_filename,
         "line": code.f_lineno,
-        "function": code.f_code.co_name,
+        "function": code.f_code.co_qualname,
         "agent_id": None,
         "tool_name": None,
         "caused_by": None,
@@ -94,15 +105,22 @@ def _culprit(innermost: FrameType) -> dict[str, Any]:
     return found
 
 
-def _authors(innermost: FrameType) -> FrameType:
-    """Return the innermost frame that is neither a library's nor the gateway's own; else the innermost of all."""
+def _place(innermost: FrameType) -> tuple[FrameType, bool]:
+    """Return the innermost frame that is an author's, else that of the gateway; and whether it is the gateway's.
+
+    What started Python (``__main__``, frozen modules) is neither.
+    """
     frame: FrameType | None = innermost
+    ours: FrameType | None = None
     while frame is not None:
-        name = frame.f_globals.get("__name__", "")
-        if "/lib/python" not in frame.f_code.co_filename and name.partition(".")[0] not in _OURS:
-            return frame
+        file, name = frame.f_code.co_filename, frame.f_globals.get("__name__", "")
+        if name.partition(".")[0] in _OURS:
+            ours = ours or frame
+        elif "/lib/python" not in file and not file.startswith("<") and name not in _STARTERS:
+            return frame, False
         frame = frame.f_back
-    return innermost
+    return ours or innermost, True
 
 
-_OURS = frozenset({"api", "gateway", "gateway_cli", "sdk_adapter", "asyncio", "uvloop"})
+_OURS = frozenset({"api", "gateway", "gateway_cli", "sdk_adapter"})
+_STARTERS = frozenset({"__main__", "runpy"})

@@ -171,6 +171,25 @@ class Metrics:
         """Count an error shown to a caller, by the domain at fault and its code."""
         self._errors.child(domain, code).inc()
 
+    def authenticated(self, method: str, outcome: str) -> None:
+        """Count how a caller showed who it is (``key``, ``token``, ``none``) and what came of it.
+
+        ``outcome`` is ``accepted``, ``refused``, ``missing`` (nothing was shown), ``throttled`` or ``unavailable``.
+        """
+        self._auth_events.child(method, outcome).value += 1
+
+    def access_decided(self, kind: str, allowed: bool) -> None:
+        """Count a decision on what a caller may reach: ``model``, ``upstream``, ``tool``, or a route's ``scope``."""
+        self._access[kind, allowed].value += 1
+
+    def credential_used(self, operation: str, count: int = 1) -> None:
+        """Count what became of credentials.
+
+        Those that callers lend are ``received``, ``refused`` (they name an address), ``lent`` to a tool, or ``missing``
+        when a tool needs one; keys of the gateway are ``key_created``, ``key_rotated``, ``key_revoked``.
+        """
+        self._credentials.child(operation).inc(count)
+
     def limit_rejected(self, limit: str, scope: str) -> None:
         """Count a refusal by a limit (``requests``, ``tokens``, ``runs``, ``cost``) of a scope; or of its ``store``."""
         self._limit_rejections.child(limit, scope).inc()
@@ -321,6 +340,18 @@ class Metrics:
         self._http = self._counter("http_requests", "HTTP answers.", "route", "method", "status")
         self._http_ms = self._histogram(
             "http_request_latency_ms", "Duration of an HTTP request, ms.", _REQUEST_MS, "route"
+        )
+        self._auth_events = self._counter(
+            "auth_events", "Callers at the door, by what they showed and what came of it.", "method", "outcome"
+        )
+        decisions = self._counter("access_decisions", "Decisions on what callers may reach.", "kind", "decision")
+        self._access = {
+            (kind, allowed): decisions.child(kind, "allow" if allowed else "deny")
+            for kind in ("scope", "model", "upstream", "tool")
+            for allowed in (True, False)
+        }
+        self._credentials = self._counter(
+            "credential_operations", "Credentials that callers lend, and keys made at run time.", "operation"
         )
         self._limit_rejections = self._counter("limit_rejections", "Refusals by limits.", "limit", "scope")
         self._limit_unchecked = self._counter(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from datetime import UTC, date, datetime, time
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -12,6 +11,7 @@ from gateway.config import Settings, load_yaml
 from gateway.errors import ConfigError
 from gateway.principal import Allowance, Limits, Profile, Scope
 from gateway.security.issuers import JwtIssuer, check_issuers
+from gateway.security.moments import end_of
 
 FILE = "security.yaml"
 
@@ -147,21 +147,14 @@ def limits_of(limits: Limits | None, rate_limit: RateLimit | None, where: str) -
 
 def expiry(key: ApiKey) -> float | None:
     """Return the moment the key stops working, in epoch seconds. Raises `ConfigError` for what is no date."""
-    value = key.expires_at
-    if value is None:
+    if key.expires_at is None:
         return None
-    if isinstance(value, str):
-        try:
-            value = datetime.fromisoformat(value) if len(value) > 10 else date.fromisoformat(value)
-        except ValueError:
-            value = None
-    if isinstance(value, datetime):
-        return (value if value.tzinfo is not None else value.replace(tzinfo=UTC)).timestamp()
-    if isinstance(value, date):
-        return datetime.combine(value, time.max, UTC).timestamp()
-    raise ConfigError(
-        f"{FILE}: expires_at of the key '{key.id}' is {key.expires_at!r}; write 2030-12-31 or 2030-12-31T12:00:00Z."
-    )
+    try:
+        return end_of(key.expires_at)
+    except ValueError as error:
+        raise ConfigError(
+            f"{FILE}: expires_at of the key '{key.id}' is {key.expires_at!r}; write 2030-12-31 or 2030-12-31T12:00:00Z."
+        ) from error
 
 
 def _check(key: ApiKey) -> None:

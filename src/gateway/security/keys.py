@@ -77,6 +77,10 @@ class _Credential:
     local_only: bool = False
     is_stored: bool = False
 
+    def marked(self) -> _Credential:
+        """Return it with a principal that says by which secret it came."""
+        return replace(self, principal=replace(self.principal, digest=self.digest))
+
 
 @dataclass(frozen=True, slots=True)
 class Keyring:
@@ -165,20 +169,18 @@ class Keyring:
     def honoured(self) -> Callable[[Principal], bool]:
         """Return what says whether a caller who was let in still is.
 
-        By it, streams of revoked and expired keys end, and of tokens that expired.
+        By it, streams of revoked and expired keys end, of secrets that a rotation ended, and of tokens that expired.
         """
         now = time.time()
-        ids = {
-            found.principal.key_id
-            for found in self.credentials.values()
-            if found.expires_at is None or found.expires_at > now
+        digests = {
+            found.digest for found in self.credentials.values() if found.expires_at is None or found.expires_at > now
         }
         keyless, tokens = self.keyless, self.tokens
 
         def is_honoured(caller: Principal) -> bool:
             if caller.issuer is not None:
                 return tokens is not None and tokens.honours(caller, now)
-            return caller.key_id in ids or caller.is_drop_in or (keyless and caller is _KEYLESS)
+            return caller.digest in digests or caller.is_drop_in or (keyless and caller is _KEYLESS)
 
         return is_honoured
 
@@ -316,7 +318,7 @@ def _add(credentials: dict[str, _Credential], taken: set[str], credential: _Cred
         raise ConfigError(f"The keys '{twin.principal.key_id}' and '{key_id}' are the same key; give each its own.")
     if key_id in taken:
         raise ConfigError(f"{FILE}: the key id '{key_id}' is taken by a key of the environment; choose another.")
-    credentials[credential.digest] = credential
+    credentials[credential.digest] = credential.marked()
     taken.add(key_id)
 
 
@@ -357,7 +359,7 @@ def _add_stored(
         )
         for kept, until in digests:
             found = kept.removeprefix(f"{PLAIN}:")
-            credentials[found] = _Credential(principal, found, until, is_stored=True)
+            credentials[found] = _Credential(principal, found, until, is_stored=True).marked()
 
 
 def _require_usable(credentials: Mapping[str, _Credential], settings: Settings) -> None:

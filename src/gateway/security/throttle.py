@@ -9,7 +9,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from functools import lru_cache
 
-from gateway.errors import TooManyFailures, Unauthenticated
+from gateway.errors import GatewayError, TooManyFailures, Unauthenticated
 from gateway.observability.logs import log_event
 from gateway.principal import Principal
 from gateway.security.keys import Caller, Keyring
@@ -27,17 +27,35 @@ class FailureThrottle:
     An address with ``per_minute`` failures within sixty seconds is answered 429, with whatever key: a right
     one that is only guessed looks the same as a wrong one. A key that was good from that address before goes on
     working, so that nobody is locked out by a neighbour behind the same proxy. An IPv6 address counts as its /64.
-    Memory is bounded: the address that failed longest ago is forgotten first.
+    Memory is bounded: the address that failed longest ago is forgotten first. ``count`` is told of every caller: what
+    it showed, what came of it.
     """
 
-    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        per_minute: int,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        count: Callable[[str, str], None] = lambda method, outcome: None,
+    ) -> None:
         self._limit = per_minute
         self._clock = clock
+        self._count = count
         self._failures: OrderedDict[str, deque[float]] = OrderedDict()
         self._good: OrderedDict[tuple[str, str], None] = OrderedDict()
 
     def authenticate(self, keyring: Keyring, caller: Caller) -> Principal:
         """Return the principal behind a request; raise `Unauthenticated`, or `TooManyFailures` for the address."""
+        shown = "none" if caller.authorization is None and caller.x_api_key is None else "key"
+        try:
+            principal = self._authenticate(keyring, caller)
+        except GatewayError as error:
+            self._count(shown, _outcome(error, shown))
+            raise
+        self._count("token" if principal.issuer is not None else shown, "accepted")
+        return principal
+
+    def _authenticate(self, keyring: Keyring, caller: Caller) -> Principal:
         if caller.peer is None:
             return keyring.authenticate(caller)
         wait_s = self._wait_s(caller.peer) if self._failures else 0.0
@@ -82,6 +100,16 @@ class FailureThrottle:
                 message=f"{self._limit} wrong keys within a minute: the address is turned away until it has waited.",
                 client_ip=peer,
             )
+
+
+def _outcome(error: GatewayError, shown: str) -> str:
+    match error:
+        case TooManyFailures():
+            return "throttled"
+        case Unauthenticated():
+            return "missing" if shown == "none" else "refused"
+        case _:
+            return "unavailable"
 
 
 def _turned_away(wait_s: float) -> TooManyFailures:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # importing SQLAlchemy is what this module puts off
 Status = Literal["idle", "opening", "ready", "unavailable"]
 
 DATABASE_FILE = "gateway.db"
+_LONGEST_REASON = 500
 _AGAIN_S = 1.0
 """Seconds after a failed opening in which nobody tries again."""
 _PROBE_S = 2.0
@@ -179,7 +180,12 @@ class Store:
         except GatewayError as error:
             if self._failed is None:
                 log_event(
-                    _log, "store.open.failed", level=logging.ERROR, message=error.message, exc_info=error.__cause__
+                    _log,
+                    "store.open.failed",
+                    level=logging.ERROR,
+                    message=error.message,
+                    reason=_reason(error),
+                    exc_info=error.__cause__,
                 )
             self._failed = (time.monotonic(), error)
             raise
@@ -209,7 +215,14 @@ class Store:
         if reachable:
             log_event(_log, "store.reachable")
         else:
-            log_event(_log, "store.unreachable", level=logging.ERROR, exc_info=error and (error.__cause__ or error))
+            cause = error and (error.__cause__ or error)
+            log_event(_log, "store.unreachable", level=logging.ERROR, reason=_reason(error), exc_info=cause)
+
+
+def _reason(error: BaseException | None) -> str | None:
+    """Return the driver's words for why the database cannot be had: they name address and user, and no row."""
+    original = getattr(error.__cause__, "orig", None) if error is not None else None
+    return None if original is None else " ".join(str(original).split())[:_LONGEST_REASON]
 
 
 def _seen(task: asyncio.Task[Database]) -> None:
