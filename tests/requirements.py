@@ -39,6 +39,7 @@ CREDENTIALS = "e2e/test_credentials.py::"
 EXECUTOR = "unit/test_executor.py::"
 JAIL = "e2e/test_jailed_tools.py::"
 RESEARCH = "e2e/test_research.py::"
+LENT = "e2e/test_lent_keys.py::"
 REGISTERED = "e2e/test_registered_tools.py::"
 
 PROVED: dict[str, tuple[str, ...]] = {
@@ -162,6 +163,9 @@ PROVED: dict[str, tuple[str, ...]] = {
         "e2e/test_usage_ledger.py::test_calls_of_two_processes_stand_in_one_ledger",
         "e2e/test_usage_ledger.py::test_a_store_that_is_down_costs_no_call_and_is_said_where_it_is_needed",
         "unit/test_ledger.py::test_a_flush_of_a_thousand_rows_leaves_the_loop_its_turns",
+        LENT + "test_a_call_is_made_with_the_callers_key",
+        LENT + "test_the_gateways_key_serves_who_brings_none",
+        LENT + "test_agents_and_those_they_ask_call_models_with_the_keys_of_their_run",
     ),
     "U-03": ("e2e/test_served.py::test_bodies_have_ten_megabytes_and_uploads_fifty",),
     "AC-9": (
@@ -595,10 +599,9 @@ def _ids(prefix: str, *numbers: int, digits: int = 2) -> frozenset[str]:
 
 
 STILL_MISSING: dict[str, str] = {
-    "A-10": "providers, enforcement, allow_server_credentials: primitives and policies; teams, governance, audit, "
+    "A-10": "providers, enforcement: primitives and policies; teams, governance, audit, "
     "metadata_denylists: with those capabilities",
     "A-114": "metrics of teams, audit, knowledge, versions: with those capabilities",
-    "U-52": "own keys of callers for models (byok)",
     "AC-18": "no run has checkpoints yet, and there is no audit trail",
 }
 """Of promises in `PROVED` that are kept in part: what is missing, and with what it comes."""

@@ -91,6 +91,7 @@ def _listed(row: FullRow) -> dict[str, Any]:
         "cost_usd": None if row.cost is None else usd(row.cost),
         "cost_reported": row.cost_reported,
         "price_version": row.price_version,
+        "byok": row.byok,
     }
 
 

@@ -107,6 +107,7 @@ def admit(call: Call, snapshot: Snapshot, settings: Settings) -> tuple[Run, Exec
         if snapshot.cache is not None:
             executor = _cached(executor, target, name, call, snapshot.cache)
         deadline_s = settings.run_timeout_s
+        target.upstream.sent = lent_keys(call.headers, call.principal, snapshot)
     run = Run(
         id=call.run_id or uuid.uuid4(),
         request_id=call.request_id,
@@ -154,6 +155,13 @@ def accept_caller_context(headers: Mapping[str, str], principal: Principal, metr
             headers=list(caller.refused),
         )
     return caller
+
+
+def lent_keys(headers: Mapping[str, str], principal: Principal, snapshot: Snapshot) -> Mapping[str, str]:
+    """Return the headers of credentials of a relayed call, where an upstream takes keys of callers; else nothing."""
+    if not snapshot.upstreams.takes_lent_keys:
+        return _NONE
+    return accept_caller_context(headers, principal, snapshot.metrics).sent
 
 
 def end_user_of(fields: Mapping[str, Raw]) -> str | None:

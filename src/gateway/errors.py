@@ -12,6 +12,8 @@
     │   ├── BodyTooLarge                         413                       request_too_large
     │   └── UpstreamRejected                     400/413/422               the upstream's own code
     ├── Unauthenticated                          401 invalid_request_error invalid_api_key
+    ├── LentKeyMissing                           401 invalid_request_error upstream_key_missing
+    ├── LentKeyRefused                           401 invalid_request_error upstream_key_refused
     ├── PermissionDenied                         403 invalid_request_error permission_denied
     │   ├── ModelNotAllowed                      403                       model_not_allowed
     │   ├── ScopeRequired                        403                       insufficient_scope
@@ -168,6 +170,22 @@ class Unauthenticated(GatewayError):
 
     status, type, code = 401, "invalid_request_error", "invalid_api_key"
     domain = "caller"
+
+
+class LentKeyMissing(GatewayError):
+    """The upstream works with its callers' own keys, and this caller lent none."""
+
+    status, type, code = 401, "invalid_request_error", "upstream_key_missing"
+    domain = "caller"
+    default_should_retry = False
+
+
+class LentKeyRefused(GatewayError):
+    """The upstream refused the key that the caller lent for it (401 or 403)."""
+
+    status, type, code = 401, "invalid_request_error", "upstream_key_refused"
+    domain = "caller"
+    default_should_retry = False
 
 
 class PermissionDenied(GatewayError):

@@ -131,7 +131,7 @@ class CallRecord:
             target = self._upstream
             upstream, model = target.served if isinstance(target, RoutedUpstream) else (target.name, self._model)
             lost = target.lost if isinstance(target, RoutedUpstream) else None
-            self._level.scope.charge(usage, upstream, model, self._call, lost)
+            self._level.scope.charge(usage, upstream, model, self._call, lost, byok=target.is_lent)
 
     def _release(self) -> None:
         call, self._call = self._call, None

@@ -34,7 +34,7 @@ from sdk_adapter.model_choice import PLACEHOLDER_MODEL, bind_model
 from sdk_adapter.scope import Level, current_level
 
 if TYPE_CHECKING:
-    from gateway.routing.targets import Binding, ModelTable
+    from gateway.routing.targets import ModelTable, Target
 
 _RESPONSES_FIELDS = frozenset(ResponseCreateParamsNonStreaming.__annotations__)
 
@@ -73,6 +73,7 @@ class GatewayProvider(ModelProvider):
         level = current_level()
         if level is None:
             binding = bind_model(self._upstreams(), model_name, upstream=None, default_model=None)
+            upstream = binding.upstream
         else:
             scope = level.scope
             try:
@@ -87,23 +88,23 @@ class GatewayProvider(ModelProvider):
                 if scope.run.upstream is None:
                     raise
                 raise UnsupportedValue(f"'x-gateway-upstream' cannot be honoured: {error.message}") from error
-            scope.served_by = binding.upstream
-        return bound_model(binding, None if model_name == PLACEHOLDER_MODEL else model_name, level)
+            upstream = scope.served_by = binding.upstream.for_caller(scope.run.caller.sent)
+        return bound_model(upstream, binding.model, None if model_name == PLACEHOLDER_MODEL else model_name, level)
 
 
-def bound_model(binding: Binding, requested: str | None, level: Level | None) -> GatewayModel:
-    """Return the SDK model that calls ``binding``; ``requested`` is the name the agent's author wrote."""
-    client = UpstreamClient(binding.upstream, level)
+def bound_model(upstream: Target, model: str, requested: str | None, level: Level | None) -> GatewayModel:
+    """Return the SDK model that calls ``model`` of an upstream; ``requested`` is the name the agent's author wrote."""
+    client = UpstreamClient(upstream, level)
     inner: Model
-    if binding.upstream.api == "responses":
+    if upstream.api == "responses":
         if level is not None and level.depth == 0:
             _refuse_chat_only(level)
-        inner = OpenAIResponsesModel(binding.model, cast(Any, client))
+        inner = OpenAIResponsesModel(model, cast(Any, client))
     else:
-        inner = OpenAIChatCompletionsModel(binding.model, cast(Any, client))
-    renamed = requested if requested is not None and requested.rpartition("/")[2] != binding.model else None
-    filled = binding.upstream.route.settings if isinstance(binding.upstream, RoutedUpstream) else None
-    return GatewayModel(inner, level, client=client, renamed_from=renamed, bound_to=binding.model, settings=filled)
+        inner = OpenAIChatCompletionsModel(model, cast(Any, client))
+    renamed = requested if requested is not None and requested.rpartition("/")[2] != model else None
+    filled = upstream.route.settings if isinstance(upstream, RoutedUpstream) else None
+    return GatewayModel(inner, level, client=client, renamed_from=renamed, bound_to=model, settings=filled)
 
 
 class GatewayModel(Model):

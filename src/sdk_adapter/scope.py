@@ -71,17 +71,26 @@ class RunScope:
         self.usage = self.usage + usage
 
     def charge(
-        self, usage: Usage, upstream: str, model: str, call: OpenCall | None = None, lost: LostHedge | None = None
+        self,
+        usage: Usage,
+        upstream: str,
+        model: str,
+        call: OpenCall | None = None,
+        lost: LostHedge | None = None,
+        *,
+        byok: bool = False,
     ) -> None:
         """Add what one model call used, with its cost at the upstream and model that answered it; settle ``call``.
 
-        ``lost`` is who was asked too and given up: its input is estimated.
+        ``lost`` is who was asked too and given up: its input is estimated. ``byok``: the caller brought the key.
         """
         agent = self.run.model
-        usage = self.meter.charge(usage, self.run, upstream=upstream, model=model, agent=agent)
+        usage = self.meter.charge(usage, self.run, upstream=upstream, model=model, agent=agent, byok=byok)
         if lost is not None:
             spent = estimate_usage(lost.body_bytes, 0)
-            usage += self.meter.charge(spent, self.run, upstream=lost.upstream, model=lost.model, agent=agent)
+            usage += self.meter.charge(
+                spent, self.run, upstream=lost.upstream, model=lost.model, agent=agent, byok=lost.is_lent
+            )
         self.add_usage(usage)
         if call is not None:
             self.at_home(lambda: call.settle(usage))

@@ -51,6 +51,10 @@ class FakeServer:
     fails_after_first: GatewayError | None = None
     base_url: str = ""
     status: UpstreamStatus = field(default_factory=UpstreamStatus)
+    is_lent: bool = False
+
+    def for_caller(self, sent: Mapping[str, str]) -> FakeServer:
+        return self
 
     @property
     def config(self) -> UpstreamConfig:

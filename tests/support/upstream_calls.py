@@ -21,6 +21,9 @@ class UpstreamCalls:
     def __init__(self) -> None:
         self.seen: list[tuple[str, int | str]] = []
 
+    def credential_used(self, operation: str) -> None:
+        raise AssertionError("no caller lends a key here")
+
     def upstream_request(self, upstream: str, status: int | str, seconds: float) -> None:
         assert seconds >= 0
         self.seen.append((upstream, status))

@@ -55,6 +55,7 @@ class FakeUpstream:
         self.name, self.api = name, api
         self.base_url = "http://127.0.0.1:1/v1"
         self.config = SimpleNamespace(provider=provider)
+        self.is_lent = False
         self.replies: list[Reply | Callable[[dict[str, Any]], Reply]] = []
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[Mapping[str, str] | None] = []
@@ -64,6 +65,9 @@ class FakeUpstream:
         self.answering = asyncio.Event()
         self.closed = asyncio.Event()
         self._calls = 0
+
+    def for_caller(self, sent: Mapping[str, str]) -> FakeUpstream:
+        return self
 
     def _next(self, body: bytes) -> Reply:
         self.bodies.append(json.loads(body))

@@ -49,10 +49,10 @@ def run(model: str = "local/m", key: str = "alice", end_user: str | None = None)
     return Run(uuid.uuid4(), "request-1", caller, model, request, False, 1, 60.0, end_user=end_user)
 
 
-def relay(ledger: Ledger, usage: Usage, **options: Any) -> None:
+def relay(ledger: Ledger, usage: Usage, *, byok: bool = False, **options: Any) -> None:
     """A relayed call, from its charge to its end."""
-    of = run(**options)
-    ledger.charged(of, usage, path="/chat/completions", agent=None, upstream="local", model="m", price_version="v1")
+    of, path = run(**options), "/chat/completions"
+    ledger.charged(of, usage, path=path, agent=None, upstream="local", model="m", price_version="v1", byok=byok)
     end(ledger, of)
 
 
@@ -139,14 +139,16 @@ def test_sums_by_any_group_are_exact_and_come_in_pages(url: str) -> None:
         async with opened(url) as (ledger, _, _):
             dear = 9 * 10**18  # two of them pass 64 bits
             relay(ledger, Usage(1, 1, requests=1, cost=dear))
-            relay(ledger, Usage(2, 1, requests=1, cost=dear + 1), key="bob")
+            relay(ledger, Usage(2, 1, requests=1, cost=dear + 1), key="bob", byok=True)
             relay(ledger, Usage(4, 1, requests=1), key="bob", end_user="u")
             end(ledger, run(key="carol"), error="upstream_error")
             everything = await ask(ledger, **ALWAYS, group_by=(), only={})
             (total,) = everything.groups
             assert (total.requests, total.failures, total.model_calls) == (4, 1, 3)
             assert (total.cost, total.calls_without_cost, total.tokens["input_tokens"]) == (2 * dear + 1, 1, 7)
+            assert (total.byok_calls, total.byok_cost) == (1, dear + 1)
             by_key = await ask(ledger, **ALWAYS, group_by=("key",), only={})
+            assert [g.byok_calls for g in by_key.groups] == [0, 1, 0]
             assert [(g.group["key"], g.requests) for g in by_key.groups] == [("alice", 1), ("bob", 2), ("carol", 1)]
             used = [group.record() for group in by_key.groups]
             assert [record["avg_tokens_per_request"] for record in used] == [2.0, 4.0, 0.0]
@@ -161,6 +163,25 @@ def test_sums_by_any_group_are_exact_and_come_in_pages(url: str) -> None:
             assert all(g.group["day"] in (today, today - 1) for g in bobs.groups)
             later = await ask(ledger, **(ALWAYS | {"from_ms": 10**13}), group_by=("key",), only={})
             assert later.groups == []
+
+    asyncio.run(work())
+
+
+def test_a_ledger_from_before_own_keys_is_read_on(url: str) -> None:
+    def turn_back(connection: Connection) -> None:
+        connection.exec_driver_sql("ALTER TABLE gateway_usage DROP COLUMN byok")
+        connection.exec_driver_sql("UPDATE gateway_schemas SET version = 1 WHERE name = 'usage'")
+
+    async def work() -> None:
+        async with opened(url) as (ledger, store, _):
+            relay(ledger, Usage(1, 1, requests=1, cost=5))
+            await ledger.flush()
+            async with store.transaction() as connection:
+                await connection.run(turn_back)
+        async with opened(url) as (ledger, _, _):
+            relay(ledger, Usage(1, 1, requests=1, cost=7), byok=True)
+            (total,) = (await ask(ledger, **ALWAYS)).groups
+            assert (total.cost, total.byok_calls, total.byok_cost) == (12, 1, 7)
 
     asyncio.run(work())
 

@@ -20,7 +20,7 @@ from api.relayed.multipart import FormRewriter, find_boundary
 from api.relayed.upload import Upload
 from api.routing import Handler, Headers, Request, Response
 from api.sse import STALL_S, ClientGone, Connection
-from gateway.admission import end_user_of
+from gateway.admission import end_user_of, lent_keys
 from gateway.chat import COMPLETIONS_PATH, EMBEDDINGS_PATH, decode_body, decode_model, decode_value
 from gateway.errors import GatewayError, InvalidRequest
 from gateway.events import RelayedChunk, RelayedHead, RelayEnded, RunEvent
@@ -100,13 +100,15 @@ async def _prepare(request: Request, upload: Upload, path: str, model: NamesMode
     method = "GET" if request.scope["method"] == "HEAD" else request.scope["method"]
     accept = request.headers.get("accept", "*/*")
     accept = accept if _CONTENT_TYPE.fullmatch(accept) else "*/*"
+    snapshot = request.gateway.holder.current
 
     def choose(name: str | None) -> Destination:
         return choose_destination(
             name,
             request.caller,
-            request.gateway.holder.current,
+            snapshot,
             upstream=request.headers.get("x-gateway-upstream"),
+            sent=lent_keys(request.headers, request.caller, snapshot),
         )
 
     if method != "POST":

@@ -185,8 +185,8 @@ class Metrics:
     def credential_used(self, operation: str, count: int = 1) -> None:
         """Count what became of credentials.
 
-        Those that callers lend are ``received``, ``refused`` (they name an address), ``lent`` to a tool, or ``missing``
-        when a tool needs one; keys of the gateway are ``key_created``, ``key_rotated``, ``key_revoked``.
+        Those that callers lend are ``received``, ``refused`` (they name an address), ``lent`` to a tool or an upstream,
+        or ``missing`` when a tool needs one; keys of the gateway are ``key_created``, ``key_rotated``, ``key_revoked``.
         """
         self._credentials.child(operation).inc(count)
 

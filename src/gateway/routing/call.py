@@ -6,22 +6,29 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
 
 from gateway.chat import CHAT_PATH
-from gateway.errors import GatewayError, UpstreamUnavailable
+from gateway.errors import GatewayError, LentKeyMissing, UpstreamUnavailable
 from gateway.model_settings import ModelSettings
 from gateway.observability.logs import log_event
 from gateway.routing.bodies import with_max_tokens_as, with_model
 from gateway.routing.budget import HEDGE
 from gateway.routing.config import HedgeRules, RetryRule, RetryRules, Strategy
-from gateway.routing.failures import ELSEWHERE, RETRIED, kind_of
+from gateway.routing.failures import ELSEWHERE, RETRIED, Kind, kind_of
 from gateway.routing.health import BreakerWatcher
 from gateway.routing.strategies import Candidate, in_order
+from gateway.routing.targets import Target
 
 _LOG = logging.getLogger(__name__)
+NOTHING_SENT: Mapping[str, str] = MappingProxyType({})
+"""The headers of credentials of a caller who lends nothing."""
+
+_OF_THE_KEY = frozenset({"rate_limit", "refused"})
+"""Kinds of failures that are another key's luck, or another account's."""
 
 Fallback = Literal["any", "context_length", "content_policy"]
 
@@ -78,6 +85,12 @@ class Route:
         """The model name that bodies carry."""
         return self.candidates[0].model
 
+    @property
+    def takes_lent_keys(self) -> bool:
+        """Whether a caller may lend a key of its own to anyone who serves this."""
+        groups = (self.candidates, *(self.fallbacks or {}).values())
+        return any(item.target.config.lent_key_header is not None for group in groups for item in group)
+
 
 class Try(NamedTuple):
     """A request beside the call's own, since ``began_at`` (`time.perf_counter`); ``probe``: the breaker hangs on it."""
@@ -91,6 +104,7 @@ class RoutedCall:
     """Where one call is now. ``attempts`` counts every request that went out, ``hedged`` is whether one was a hedge.
 
     ``lost`` is who was asked in vain beside the one that answered, and with how large a body: it may count that.
+    ``sent`` are the caller's headers of credentials: keys it lends.
     """
 
     __slots__ = (
@@ -101,6 +115,7 @@ class RoutedCall:
         "_is_free",
         "_rest",
         "_route",
+        "_sent",
         "_stands_in",
         "_tried",
         "_tries",
@@ -111,9 +126,13 @@ class RoutedCall:
         "probe",
     )
 
-    def __init__(self, route: Route) -> None:
-        """Choose the first target; raise `UpstreamUnavailable` when all of several are resting."""
+    def __init__(self, route: Route, sent: Mapping[str, str] = NOTHING_SENT) -> None:
+        """Choose the first target; raise `UpstreamUnavailable` when all of several are resting.
+
+        Raises `LentKeyMissing` where each works with a key of the caller's, and none was sent.
+        """
         self._route = route
+        self._sent = sent
         self._rest: Sequence[Candidate] = ()
         self._fallbacks_used = False
         self.attempts = 0
@@ -122,10 +141,23 @@ class RoutedCall:
         self._adopted = self._is_free = self._stands_in = self.hedged = False
         self.lost: tuple[Candidate, int] | None = None
         candidate = route.candidates[0]
-        if len(route.candidates) > 1 or candidate.health.waits_s():
+        if len(route.candidates) > 1 or candidate.health.waits_s() or self._lacks_key(candidate):
             candidate = self._choose()
         self.candidate = candidate
         self._budget = candidate.health.budget
+
+    def target(self, candidate: Candidate | None = None) -> Target:
+        """Return whom to ask, with the key that the caller lends it, if any; by default `candidate`."""
+        return (candidate or self.candidate).target.for_caller(self._sent)
+
+    def is_lent(self, candidate: Candidate) -> bool:
+        """Whether the caller lends a target its own key."""
+        return candidate.target.config.lent_key_header in self._sent
+
+    def kind_of(self, error: GatewayError, candidate: Candidate) -> Kind | None:
+        """Return the kind of a failure; what a caller's own key met is told it, and says nothing about the target."""
+        kind = kind_of(error)
+        return None if kind in _OF_THE_KEY and self.is_lent(candidate) else kind
 
     def begin(self) -> None:
         """Note that the call goes out to `candidate`."""
@@ -174,7 +206,7 @@ class RoutedCall:
 
     def failed(self, error: GatewayError) -> None:
         """Note a bad end after the first byte."""
-        kind = kind_of(error)
+        kind = self.kind_of(error, self.candidate)
         self.candidate.health.failed(kind, error.retry_after_s)
         if self._is_free and kind in ELSEWHERE:
             self._budget.owe()
@@ -196,7 +228,7 @@ class RoutedCall:
         """Take a failure before the first byte: return whether `candidate` is to be asked now, after any wait."""
         self.failed(error)
         error.routed = (self.candidate.target.name, self.attempts)
-        kind, health = kind_of(error), self.candidate.health
+        kind, health = self.kind_of(error, self.candidate), self.candidate.health
         if kind is None:
             return False
         if kind == "context_length" or kind == "content_policy":
@@ -224,7 +256,7 @@ class RoutedCall:
     def hedge(self) -> Try | None:
         """Begin a second try beside the present one at another target, or return None where none is to be asked."""
         seen = {item.health for item in (*self._tried, self.candidate)}
-        ready = [item for item in _ready(self._rest) if item.health not in seen and not item.health.is_open]
+        ready = [item for item in self._ready(self._rest) if item.health not in seen and not item.health.is_open]
         if not ready:
             return None
         other = ready[0]
@@ -271,7 +303,7 @@ class RoutedCall:
 
     def hedge_failed(self, hedge: Try, error: GatewayError) -> None:
         """Note that the hedge failed while the first target is still awaited."""
-        kind = kind_of(error)
+        kind = self.kind_of(error, hedge.candidate)
         hedge.candidate.health.failed(kind, error.retry_after_s)
         hedge.candidate.health.stood_in()
         self._route.watcher.metrics.routing_attempt(hedge.candidate.target.name, kind or "rejected")
@@ -287,21 +319,39 @@ class RoutedCall:
 
     def _choose(self) -> Candidate:
         ordered = in_order(self._route.strategy, self._route.candidates, self._route.chance)
-        ready = _ready(ordered)
+        ready = self._ready(ordered)
         if not ready:
             first = ordered[0]
             fallbacks = self._special("any")
+            usable = [item for item in (*ordered, *fallbacks) if not self._lacks_key(item)]
+            if not usable:
+                raise LentKeyMissing(
+                    f"Whoever serves '{self._route.name}' works with its callers' own keys: send yours in the header "
+                    f"'{first.target.config.lent_key_header}'."
+                )
             if len(ordered) == 1 and not fallbacks and not first.health.may_refuse_alone:
                 return first
-            ready = _ready(fallbacks)
+            ready = self._ready(fallbacks)
         if not ready:
-            wait_s = min(item.health.waits_s() for item in ordered)
+            wait_s = min(item.health.waits_s() for item in usable)
             raise UpstreamUnavailable(
                 f"Every upstream of '{self._route.name}' is resting after failures; try again in {wait_s:.1f} s.",
                 retry_after_s=wait_s,
             )
         self._rest = ready[1:]
         return ready[0]
+
+    def _lacks_key(self, candidate: Candidate) -> bool:
+        """Whether a target works with keys of callers alone, and this one sent none."""
+        config = candidate.target.config
+        return config.allow_server_credentials == "never" and config.lent_key_header not in self._sent
+
+    def _ready(self, candidates: Iterable[Candidate]) -> list[Candidate]:
+        """Return those that may be asked now, those whose last health check failed behind the others."""
+        ready = [item for item in candidates if not item.health.waits_s() and not self._lacks_key(item)]
+        if len(ready) > 1:
+            ready.sort(key=lambda item: item.target.status.healthy is False)
+        return ready
 
     def _special(self, kind: Fallback) -> Sequence[Candidate]:
         """Return the fallbacks of a kind; a call falls back once."""
@@ -342,9 +392,9 @@ class RoutedCall:
         failed = self.candidate
         self._tried += (failed,)
         seen = {item.health for item in self._tried}
-        ready = _ready([item for item in others if item.health not in seen])
+        ready = self._ready([item for item in others if item.health not in seen])
         while ready and not await self._may_ask(ready[0]):
-            ready = _ready(ready[1:])
+            ready = self._ready(ready[1:])
         if not ready:
             return False
         self.candidate, self._rest, self._tries = ready[0], ready[1:], 0
@@ -362,11 +412,3 @@ class RoutedCall:
             attempts=self.attempts,
         )
         return True
-
-
-def _ready(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return those that may be asked now, those whose last health check failed behind the others."""
-    ready = [item for item in candidates if not item.health.waits_s()]
-    if len(ready) > 1:
-        ready.sort(key=lambda item: item.target.status.healthy is False)
-    return ready

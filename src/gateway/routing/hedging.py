@@ -12,7 +12,7 @@ import msgspec
 from gateway.chat import CHAT_PATH
 from gateway.errors import GatewayError
 from gateway.routing.call import RoutedCall, Try
-from gateway.routing.failures import ELSEWHERE, kind_of
+from gateway.routing.failures import ELSEWHERE
 from gateway.routing.strategies import Candidate
 
 T = TypeVar("T")
@@ -91,7 +91,7 @@ async def _race(
                 pending = False
                 call.hedge_lost(hedge, body_bytes)
             return first
-        if not pending or kind_of(error) not in ELSEWHERE:
+        if not pending or call.kind_of(error, call.candidate) not in ELSEWHERE:
             raise error
         # The hedge is the other target that would be asked now.
         pending = False

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from gateway.chat import CHAT_PATH
 from gateway.errors import GatewayError
 from gateway.events import Routed
-from gateway.routing.call import Route, RoutedCall
+from gateway.routing.call import NOTHING_SENT, Route, RoutedCall
 from gateway.routing.hedging import ask_hedged, may_hedge
 from gateway.routing.strategies import Candidate
 from gateway.routing.targets import OnHead, Target, TargetConfig, TargetStream
@@ -45,19 +45,22 @@ class LostHedge(NamedTuple):
     upstream: str
     model: str
     body_bytes: int
+    is_lent: bool
 
 
 class RoutedUpstream:
     """Sends each call to one of a route's targets; `call` is the latest one, for whoever reports the decision.
 
     ``config``, ``api`` and ``base_url`` are the first target's: every target of a route that agents use speaks the
-    same API. Bodies carry the first target's model name; for another target it is replaced.
+    same API. Bodies carry the first target's model name; for another target it is replaced. ``sent`` are headers of
+    credentials of the caller it is made for: keys that it lends.
     """
 
-    __slots__ = ("_route", "call")
+    __slots__ = ("_route", "call", "sent")
 
-    def __init__(self, route: Route) -> None:
+    def __init__(self, route: Route, sent: Mapping[str, str] = NOTHING_SENT) -> None:
         self._route = route
+        self.sent = sent
         self.call: RoutedCall | None = None
 
     @property
@@ -83,12 +86,21 @@ class RoutedUpstream:
         return candidate.target.name, candidate.model
 
     @property
+    def is_lent(self) -> bool:
+        """Whether the latest call is made with a key that the caller lent."""
+        return self.call is not None and self.call.is_lent(self.call.candidate)
+
+    def for_caller(self, sent: Mapping[str, str]) -> RoutedUpstream:
+        """Return the same route for a caller who sent these headers."""
+        return RoutedUpstream(self._route, sent) if sent else self
+
+    @property
     def lost(self) -> LostHedge | None:
         """Who was asked beside the upstream that serves the latest call, and was given up; None if nobody was."""
         if self.call is None or self.call.lost is None:
             return None
         candidate, body_bytes = self.call.lost
-        return LostHedge(candidate.target.name, candidate.model, body_bytes)
+        return LostHedge(candidate.target.name, candidate.model, body_bytes, self.call.is_lent(candidate))
 
     @property
     def api(self) -> Literal["chat", "responses"]:
@@ -115,7 +127,7 @@ class RoutedUpstream:
         on_head: OnHead | None = None,
     ) -> bytes:
         """Send one JSON request and return the JSON answer of whoever gave one."""
-        self.call = call = RoutedCall(self._route)
+        self.call = call = RoutedCall(self._route, self.sent)
         hedges = self._route.hedge is not None and may_hedge(path, body)
         while True:
             call.begin()
@@ -133,7 +145,7 @@ class RoutedUpstream:
                         streamed=False,
                     )
                 else:
-                    answer = await call.candidate.target.post(
+                    answer = await call.target().post(
                         path, call.body(path, body), request_id=request_id, headers=headers, on_head=on_head
                     )
             except GatewayError as error:
@@ -157,7 +169,7 @@ class RoutedUpstream:
         on_head: OnHead | None = None,
     ) -> RoutedStream:
         """Send one streamed request and return with its first events; whatever fails later is not tried again."""
-        self.call = call = RoutedCall(self._route)
+        self.call = call = RoutedCall(self._route, self.sent)
         hedges = self._route.hedge is not None and may_hedge(path, body)
         while True:
             call.begin()
@@ -175,7 +187,7 @@ class RoutedUpstream:
                         streamed=True,
                     )
                 else:
-                    stream = await call.candidate.target.start(
+                    stream = await call.target().start(
                         path, call.body(path, body), request_id=request_id, headers=headers, on_head=on_head
                     )
             except GatewayError as error:
@@ -208,7 +220,7 @@ class RoutedUpstream:
             def keep(status: int, fields: Mapping[bytes, bytes]) -> None:
                 heads[candidate.id] = (status, fields)
 
-            send = method(candidate.target)
+            send = method(call.target(candidate))
             given = call.body(path, body, candidate)
             return await send(path, given, request_id=request_id, headers=headers, on_head=keep)
 
@@ -251,13 +263,14 @@ class RoutedUpstream:
         self, request: Any, *, request_id: str | None = None, on_head: OnHead | None = None
     ) -> AsyncGenerator[bytes, None]:
         """Relay bytes, once: a body that is read while it is sent cannot be sent again, nor its model be replaced."""
-        self.call = call = RoutedCall(self._route)
+        self.call = call = RoutedCall(self._route, self.sent)
         if call.candidate.model != self._route.model:
             call.candidate = self._route.candidates[0]
+        target = call.target()
         call.begin()
         error: BaseException | None = None
         try:
-            async with aclosing(call.candidate.target.relay(request, request_id=request_id, on_head=on_head)) as pieces:
+            async with aclosing(target.relay(request, request_id=request_id, on_head=on_head)) as pieces:
                 async for piece in pieces:
                     yield piece
         except BaseException as raised:

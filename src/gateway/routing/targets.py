@@ -45,6 +45,16 @@ class TargetConfig(Protocol):
         ...
 
     @property
+    def lent_key_header(self) -> str | None:
+        """The header in which callers lend a key of their own for it; None where none is taken."""
+        ...
+
+    @property
+    def allow_server_credentials(self) -> Literal["never", "fallback", "always"]:
+        """When calls are made with the gateway's own key."""
+        ...
+
+    @property
     def hosted_tools(self) -> tuple[str, ...] | None:
         """The hosted tools it has."""
         ...
@@ -112,6 +122,15 @@ class Target(Protocol):
     @property
     def config(self) -> TargetConfig:
         """Its configuration."""
+        ...
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether the latest call was made with a key that its caller lent."""
+        ...
+
+    def for_caller(self, sent: Mapping[str, str]) -> Target:
+        """Return it as the caller uses it who sent these headers of credentials."""
         ...
 
     async def post(

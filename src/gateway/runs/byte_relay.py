@@ -12,7 +12,6 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Protocol
 
 import msgspec
 
@@ -23,6 +22,7 @@ from gateway.errors import GatewayError, NotFound, PermissionDenied, UpstreamMal
 from gateway.events import RelayedChunk, RelayedHead, RelayEnded, RunEvent, Usage
 from gateway.principal import Principal
 from gateway.registry.entry import AgentEntry
+from gateway.routing.call import NOTHING_SENT
 from gateway.run import Run
 from gateway.snapshot import Snapshot
 from gateway.upstreams.relaying import ByteRequest, ByteTarget, shown_headers
@@ -32,14 +32,6 @@ from gateway.usage.reported import AnswerUsage
 
 _CONTENT_TYPE = re.compile(rb"[\x20-\x7e]{1,256}")
 _BINARY = b"application/octet-stream"
-
-
-class _Binding(Protocol):
-    @property
-    def upstream(self) -> ByteTarget: ...
-
-    @property
-    def model(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +49,21 @@ def choose_destination(
     snapshot: Snapshot,
     *,
     upstream: str | None = None,
+    sent: Mapping[str, str] = NOTHING_SENT,
 ) -> Destination:
     """Return where a call goes: to the model it names, else to an upstream as a whole.
 
     ``upstream`` is the caller's own choice; calls without a model and without one go to the configured default.
+    ``sent`` are the caller's headers of credentials.
 
     Raises as `authorize_model` does; `UnsupportedValue` for an agent; `PermissionDenied` or `NotFound` for an upstream
-    of which the key does not reach every model.
+    of which the key does not reach every model; `LentKeyMissing`.
     """
     if model is not None:
         target = authorize_model(model, principal, snapshot, upstream=upstream)
         if isinstance(target, AgentEntry):
             raise agents_chat_only(target)
-        binding: _Binding = target
-        return Destination(binding.upstream, model, binding.model)
+        return Destination(target.upstream.for_caller(sent), model, target.model)
     table = snapshot.upstreams
     found = table.upstreams.get(upstream) if upstream is not None else table.default
     hidden = snapshot.keyring.hide_foreign_models
@@ -78,7 +71,7 @@ def choose_destination(
     if found is not None and not principal.is_drop_in:
         snapshot.metrics.access_decided("upstream", allowed)
     if found is not None and allowed:
-        return Destination(found, f"{found.name}/*", None)
+        return Destination(found.for_caller(sent), f"{found.name}/*", None)
     if found is None or hidden:
         name = f"'{(upstream or '')[:64]}' " if upstream is not None else ""
         raise NotFound(
@@ -202,7 +195,13 @@ class ByteRelayExecutor:
             measured = self._asked().answered(answer.measured(), answer.written_characters())
             usage = usage or Usage(requests=1, estimated=measured.estimated)
         usage = self._meter.charge(
-            usage, run, upstream=self._upstream.name, model=self._name, path=path, measured=measured
+            usage,
+            run,
+            upstream=self._upstream.name,
+            model=self._name,
+            path=path,
+            measured=measured,
+            byok=self._upstream.is_lent,
         )
         if run.reservation is not None:
             run.reservation.settle(usage)

@@ -45,6 +45,7 @@ def plan_for(rule: CacheRule, run: Run, binding: Binding, control: CacheControl)
         or (run.streamed and not rule.streams)
         or (uses_tools(fields) and not rule.tools)
         or is_stored_upstream(fields)
+        or _takes_lent_keys(binding)
     )
     if refused:
         return Plan(rule, control, None)
@@ -144,6 +145,12 @@ class CachedExecutor:
         if not isinstance(upstream, RoutedUpstream):
             return True
         return upstream.served in {(item.target.name, item.model) for item in upstream.route.candidates}
+
+
+def _takes_lent_keys(binding: Binding) -> bool:
+    """Whether an answer may be of somebody's own key, for which nobody else is answered."""
+    upstream = binding.upstream
+    return isinstance(upstream, RoutedUpstream) and upstream.route.takes_lent_keys
 
 
 def _targets(binding: Binding) -> list[tuple[str, str, str]]:

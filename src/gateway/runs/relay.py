@@ -166,11 +166,13 @@ class RelayExecutor(DirectExecutor):
     def _charged(self, run: Run, path: str, usage: Usage) -> Usage:
         target = self._binding.upstream
         upstream, model = target.served if isinstance(target, RoutedUpstream) else (target.name, self._binding.model)
-        usage = self._meter.charge(usage, run, upstream=upstream, model=model, path=path)
+        usage = self._meter.charge(usage, run, upstream=upstream, model=model, path=path, byok=target.is_lent)
         lost = target.lost if isinstance(target, RoutedUpstream) else None
         if lost is not None:
             spent = estimate_usage(lost.body_bytes, 0)
-            usage += self._meter.charge(spent, run, upstream=lost.upstream, model=lost.model, path=path)
+            usage += self._meter.charge(
+                spent, run, upstream=lost.upstream, model=lost.model, path=path, byok=lost.is_lent
+            )
         if run.reservation is not None:
             run.reservation.settle(usage)
         return usage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib
 import logging
 import ssl
@@ -19,7 +20,16 @@ import msgspec
 
 from gateway.chat import CHAT_PATH
 from gateway.chunks import Chunk
-from gateway.errors import AgentMisconfigured, ConfigError, GatewayError, UpstreamMalformed, UpstreamRejected
+from gateway.errors import (
+    AgentMisconfigured,
+    ConfigError,
+    GatewayError,
+    LentKeyMissing,
+    LentKeyRefused,
+    UpstreamAuthFailed,
+    UpstreamMalformed,
+    UpstreamRejected,
+)
 from gateway.observability.logs import log_event
 from gateway.observability.traces import current_span
 from gateway.upstreams.byte_answers import ByteAnswer, byte_answer
@@ -46,6 +56,10 @@ class UpstreamMetrics(Protocol):
 
     def upstream_request(self, upstream: str, status: int | str, seconds: float) -> None:
         """Record one request; ``status`` is HTTP's, or the word of a failure without one."""
+        ...
+
+    def credential_used(self, operation: str) -> None:
+        """Count a key that a caller ``lent``."""
         ...
 
 
@@ -89,6 +103,18 @@ class Upstream(ABC):
         self._metrics = metrics
         secrets = (*keys_of(config), *config.headers.values(), *proxy_secrets(config.proxy))
         self._secrets = tuple(s for s in secrets if len(s) >= 8)
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether calls are made with a key of the caller's own; see `for_caller`."""
+        return False
+
+    def for_caller(self, sent: Mapping[str, str]) -> Upstream:
+        """Return the upstream as one caller uses it: with the key it lent, where one is taken.
+
+        ``sent`` are the caller's headers of credentials, by lower-case name. Raises `LentKeyMissing`.
+        """
+        return self
 
     async def post(
         self,
@@ -380,10 +406,50 @@ class HttpUpstream(Upstream):
                 self._headers["proxy-authorization"] = proxy.credentials
         self._common = _header_block(self._headers)
         self._own = frozenset(name.lower() for name in config.headers)
+        self._is_lent = False
+
+    @property
+    def is_lent(self) -> bool:
+        """See `Upstream.is_lent`."""
+        return self._is_lent
+
+    def for_caller(self, sent: Mapping[str, str]) -> Upstream:
+        """See `Upstream.for_caller`."""
+        header = self.config.lent_key_header
+        if header is None:
+            return self
+        key = sent.get(header)
+        if key is not None:
+            if self._metrics is not None:
+                self._metrics.credential_used("lent")
+            return self._with_lent(key)
+        if self.config.allow_server_credentials == "never":
+            raise LentKeyMissing(
+                f"The upstream '{self.name}' works with its callers' own keys: send yours in the header '{header}'."
+            )
+        return self
+
+    def _with_lent(self, key: str) -> HttpUpstream:
+        """Return a copy that shares connections and health; this key stands in it for those of the gateway."""
+        lent = copy.copy(self)
+        lent._is_lent = True
+        lent._keys = UpstreamKeys(self.name, (key,))
+        lent._secrets = (*self._secrets, key)
+        places = {self._preset.key_header, self._preset.list_key_header}
+        if not places.isdisjoint(self._own):
+            lent._headers = {name: value for name, value in self._headers.items() if name not in places}
+            lent._common = _header_block(lent._headers)
+            lent._own = self._own - places
+        return lent
 
     async def probe(self) -> None:
         """See `Upstream.probe`."""
-        answer = await self._get(self.config.health_path)
+        try:
+            answer = await self._get(self.config.health_path)
+        except UpstreamAuthFailed:
+            if self.config.lent_key_header is None or self._keys.values:
+                raise
+            return  # it answers; the keys are its callers'
         if not answer.lstrip().startswith((b"{", b"[")):
             raise UpstreamMalformed(f"The upstream '{self.name}' does not answer {self.config.health_path} with JSON.")
 
@@ -521,6 +587,11 @@ class HttpUpstream(Upstream):
             # The status has already said that it failed: a body that is cut or too long does not change that.
         if good:
             return bytes(body)
+        if self._is_lent and exchange.status in (401, 403):
+            raise LentKeyRefused(
+                f"The upstream '{self.name}' refused the key that you sent in '{self.config.lent_key_header}' "
+                f"({exchange.status})."
+            )
         raise failure_of_status(
             self.name, exchange.status, exchange.headers, bytes(body), asked=asked, secrets=self._secrets
         )

@@ -57,6 +57,7 @@ DEMO_MODEL = "demo"
 
 HEADER_NAME = re.compile(r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
 HEADER_VALUE = re.compile(r"^[\x20-\x7e]*\Z")
+_NO_SERVICE = re.compile(r"[^a-z0-9_]")
 OWN_HEADERS = frozenset(
     (
         "host",
@@ -109,6 +110,8 @@ class UpstreamConfig(Struct, frozen=True, kw_only=True, dict=True):
     ``hosted_tools`` lists the hosted tools the server really has (``web_search``, ``file_search``, ``mcp`` …); None
     means all of them on provider ``openai`` and none elsewhere; it counts only where ``api`` is ``responses``.
     ``proxy`` is the address of an HTTP proxy, ``proxy_env`` takes it from the environment.
+    ``allow_server_credentials`` says when calls are made with the keys above: ``always``; ``fallback``, where the
+    caller lends no key of its own; ``never``, and then callers must.
     ``max_tokens_field`` is where the server takes the limit of a chat answer's tokens; the other field is renamed.
     """
 
@@ -137,6 +140,14 @@ class UpstreamConfig(Struct, frozen=True, kw_only=True, dict=True):
     proxy_env: bool = False
     http2: bool = False
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] | None = None
+    allow_server_credentials: Literal["never", "fallback", "always"] = "always"
+
+    @cached_property
+    def lent_key_header(self) -> str | None:
+        """The header (lower-case) in which callers lend a key of their own; None where none is taken."""
+        if self.allow_server_credentials == "always":
+            return None
+        return f"x-cred-{_NO_SERVICE.sub('_', self.name.lower())}-api-key"
 
     @cached_property
     def named(self) -> frozenset[str]:
@@ -246,6 +257,8 @@ def _complete(item: UpstreamConfig, variables: Mapping[str, str], *, literal_key
             f"speaks OpenAI's dialect is 'openai-compatible'. Providers: {', '.join(PRESETS)}."
         )
     if item.provider == "demo":
+        if item.allow_server_credentials != "always":
+            raise ConfigError(f"{where}: allow_server_credentials: the provider 'demo' takes no keys; leave it out.")
         models = item.models or (DEMO_MODEL,)
         default = item.default_model or models[0]
         return msgspec.structs.replace(
@@ -274,15 +287,17 @@ def _complete(item: UpstreamConfig, variables: Mapping[str, str], *, literal_key
         api_key=keys[0] if keys else None,
         api_key_env=None,
         api_keys=keys,
-        discover=_discovers(item, preset),
+        discover=_discovers(item, preset, has_keys=bool(keys)),
         models=OPENAI_MODELS if item.models is None and item.provider == "openai" else item.models,
         headers={name: _expand(value, variables, f"{where}: headers") or "" for name, value in item.headers.items()},
     )
 
 
-def _discovers(item: UpstreamConfig, preset: Preset) -> bool:
+def _discovers(item: UpstreamConfig, preset: Preset, *, has_keys: bool) -> bool:
     if item.discover is not None:
         return item.discover
+    if item.allow_server_credentials != "always" and not has_keys:
+        return False
     if item.models is None:
         return preset.own_server
     return any(is_pattern(model) for model in item.models)

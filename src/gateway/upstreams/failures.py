@@ -147,7 +147,7 @@ def _failure(name: str, status: int, complaint: Complaint, wait_s: float | None,
         return UpstreamTimeout(f"The upstream '{name}' gave up waiting ({status}).{said}")
     if status == 429:
         spent = complaint.code in _QUOTA_CODES
-        what = "has no quota left for the gateway's key" if spent else "limits the rate of requests; wait and try again"
+        what = "has no quota left for this key" if spent else "limits the rate of requests; wait and try again"
         return UpstreamRateLimited(
             f"The upstream '{name}' {what}.{said}",
             code=complaint.code if spent else None,
@@ -184,7 +184,7 @@ def _clean(text: str, secrets: tuple[str, ...]) -> str:
 def _masked(fields: dict[str, Any], secrets: tuple[str, ...]) -> dict[str, Any] | None:
     text = msgspec.json.encode(fields)
     for secret in secrets:
-        text = text.replace(secret.encode(), b"***")
+        text = text.replace(msgspec.json.encode(secret)[1:-1], b"***")
     try:
         masked: dict[str, Any] = msgspec.json.decode(text)
     except msgspec.DecodeError:

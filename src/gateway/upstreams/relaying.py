@@ -39,6 +39,11 @@ class ByteTarget(Protocol):
         """Its configured name."""
         ...
 
+    @property
+    def is_lent(self) -> bool:
+        """Whether the latest call was made with a key that its caller lent."""
+        ...
+
     def relay(
         self, request: ByteRequest, *, request_id: str | None = None, on_head: OnHead | None = None
     ) -> AsyncGenerator[bytes, None]:

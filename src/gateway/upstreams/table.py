@@ -51,7 +51,8 @@ class UpstreamTable:
     """The upstreams of one snapshot, in order of priority. ``default`` serves agents that name none.
 
     ``discovered`` holds what upstreams have listed themselves. It is only ever shown: whether a name is served follows
-    from the configuration alone, so that no answer depends on when a list was fetched.
+    from the configuration alone, so that no answer depends on when a list was fetched. ``takes_lent_keys``: callers may
+    lend a key of their own to one of them at least.
     """
 
     upstreams: Mapping[str, Upstream]
@@ -60,6 +61,7 @@ class UpstreamTable:
     default_model: str | None
     created: int
     discovered: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    takes_lent_keys: bool = False
 
     def resolve(
         self, name: str | None, *, upstream: str | None = None, default_model: str | None = None
@@ -254,6 +256,7 @@ class OpenUpstreams:
             aliases=MappingProxyType(dict(config.aliases)),
             default_model=config.default_model,
             created=int(time.time()),
+            takes_lent_keys=any(item.lent_key_header is not None for item in config.upstreams),
             discovered=MappingProxyType(
                 {
                     name: models

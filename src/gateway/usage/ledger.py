@@ -77,7 +77,8 @@ class LedgerRun(Protocol):
 class Entry(Struct, gc=False):
     """One model call, one run that ended, or both: a run that is one call. The call's cost is in ``usage``.
 
-    ``upstream`` is None for a run alone, ``outcome`` for a call whose run goes on.
+    ``upstream`` is None for a run alone, ``outcome`` for a call whose run goes on. ``byok``: the caller brought its own
+    key for the upstream.
     """
 
     at: float
@@ -96,6 +97,7 @@ class Entry(Struct, gc=False):
     error_code: str | None = None
     seconds: float = 0.0
     cached: bool = False
+    byok: bool = False
 
 
 class Ledger:
@@ -124,6 +126,7 @@ class Ledger:
         upstream: str,
         model: str,
         price_version: str | None,
+        byok: bool = False,
     ) -> None:
         """Note a model call of a run; ``model`` is the upstream's name for it, ``agent`` who made it, if any."""
         if len(self._waiting) >= MOST_WAITING:
@@ -142,6 +145,7 @@ class Ledger:
             model,
             usage,
             price_version,
+            byok=byok,
         )
         self._waiting.append(entry)
         if agent is None:

@@ -32,12 +32,13 @@ class Meter:
         path: str = "/chat/completions",
         agent: str | None = None,
         measured: Measured = NOTHING_MEASURED,
+        byok: bool = False,
     ) -> Usage:
         """Return what one model call of ``run`` used with its cost.
 
         ``upstream`` and ``model`` are those that answered, ``agent`` whose call it was, if one's, ``measured`` what
-        counts where no tokens do. The upstream's own word on the cost counts before the prices; without either, there
-        is none.
+        counts where no tokens do, ``byok`` whether the caller brought the key. The upstream's own word on the cost
+        counts before the prices; without either, there is none.
         """
         reported = usage.cost is not None
         usage = usage if reported else self.priced(usage, upstream, model, measured)
@@ -49,7 +50,7 @@ class Meter:
         if self._ledger is not None:
             version = None if reported or usage.cost is None else self._prices.version
             self._ledger.charged(
-                run, usage, path=path, agent=agent, upstream=upstream, model=model, price_version=version
+                run, usage, path=path, agent=agent, upstream=upstream, model=model, price_version=version, byok=byok
             )
         return usage
 

@@ -43,6 +43,8 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
 class Total(msgspec.Struct, frozen=True, kw_only=True):
     """The sums of one group. ``cost`` is in picodollars, over the calls whose cost is known.
 
+    ``byok_calls`` were made with keys that callers brought, and ``byok_cost`` is theirs of the cost.
+
     ``last_ms`` is when it was last used, in epoch milliseconds; None where nothing was.
     """
 
@@ -53,7 +55,9 @@ class Total(msgspec.Struct, frozen=True, kw_only=True):
     model_calls: int
     calls_without_cost: int
     estimated_calls: int
+    byok_calls: int
     cost: int
+    byok_cost: int
     tokens: dict[str, int]
     last_ms: int | None
 
@@ -72,6 +76,8 @@ class Total(msgspec.Struct, frozen=True, kw_only=True):
             "estimated_calls": self.estimated_calls,
             "cost_usd": usd(self.cost),
             "calls_without_cost": self.calls_without_cost,
+            "byok_calls": self.byok_calls,
+            "byok_cost_usd": usd(self.byok_cost),
             "avg_tokens_per_request": self._average(),
             "last_used_at": None if self.last_ms is None else iso(self.last_ms),
         }

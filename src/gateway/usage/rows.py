@@ -19,6 +19,7 @@ from sqlalchemy import (
     Connection,
     Float,
     Index,
+    RowMapping,
     Select,
     SmallInteger,
     String,
@@ -81,9 +82,16 @@ USAGE = Table(
     Column("cost_reported", Boolean, nullable=False, server_default=false()),
     Column("estimated", Boolean, nullable=False, server_default=false()),
     Column("price_version", String(64)),
+    Column("byok", Boolean, nullable=False, server_default=false()),
     Index("gateway_usage_by_time", "at_ms"),  # every further index costs each row more than its own columns do
 )
-SCHEMA = Schema("usage", (USAGE,))
+
+
+def _add_byok(connection: Connection) -> None:
+    connection.execute(text("ALTER TABLE gateway_usage ADD COLUMN byok BOOLEAN NOT NULL DEFAULT false"))
+
+
+SCHEMA = Schema("usage", (USAGE,), (_add_byok,))
 
 
 class Row(msgspec.Struct, gc=False):
@@ -123,6 +131,7 @@ class FullRow(Row, gc=False):
     audio_output_tokens: int
     cost_reported: bool
     estimated: bool
+    byok: bool
 
 
 class _Statements:
@@ -201,8 +210,9 @@ def ask(connection: Connection, question: Question) -> Totals:
         func.coalesce(func.sum(columns.calls), 0).label("model_calls"),
         func.coalesce(func.sum(case((columns.cost.is_(None), columns.calls), else_=0)), 0).label("calls_without_cost"),
         func.coalesce(func.sum(case((columns.estimated, columns.calls), else_=0)), 0).label("estimated_calls"),
-        func.coalesce(func.sum(columns.cost // _HALF), 0).label("cost_high"),
-        func.coalesce(func.sum(columns.cost % _HALF), 0).label("cost_low"),
+        func.coalesce(func.sum(case((columns.byok, columns.calls), else_=0)), 0).label("byok_calls"),
+        *_halves("cost", columns.cost),
+        *_halves("byok_cost", case((columns.byok, columns.cost), else_=0)),
         *(func.coalesce(func.sum(columns[name]), 0).label(name) for name in TOKEN_NAMES),
         func.max(columns.at_ms).label("last_ms"),
     ]
@@ -213,7 +223,8 @@ def ask(connection: Connection, question: Question) -> Totals:
     groups = [
         Total(
             group={name: row[f"by_{name}"] for name in question.group_by},
-            cost=int(row["cost_high"]) * _HALF + int(row["cost_low"]),
+            cost=_whole(row, "cost"),
+            byok_cost=_whole(row, "byok_cost"),
             tokens={name: int(row[name]) for name in TOKEN_NAMES},
             last_ms=row["last_ms"],
             **{name: int(row[name]) for name in _COUNTS},
@@ -236,7 +247,18 @@ def _narrowed(query: Select[Any], question: Question) -> Select[Any]:
     return query.where(*(GROUPS[name] == _text(value) for name, value in question.only.items()))
 
 
-_COUNTS = ("requests", "failures", "cached", "model_calls", "calls_without_cost", "estimated_calls")
+_COUNTS = ("requests", "failures", "cached", "model_calls", "calls_without_cost", "estimated_calls", "byok_calls")
+
+
+def _halves(name: str, cost: ColumnElement[Any]) -> tuple[ColumnElement[Any], ColumnElement[Any]]:
+    return (
+        func.coalesce(func.sum(cost // _HALF), 0).label(f"{name}_high"),
+        func.coalesce(func.sum(cost % _HALF), 0).label(f"{name}_low"),
+    )
+
+
+def _whole(row: RowMapping, name: str) -> int:
+    return int(row[f"{name}_high"]) * _HALF + int(row[f"{name}_low"])
 
 
 def _row(entry: Entry) -> Row:
@@ -268,7 +290,7 @@ def _row(entry: Entry) -> Row:
         entry.end_user is None
         and entry.agent is None
         and entry.error_code is None
-        and not (cached or usage.cost_reported or usage.estimated)
+        and not (cached or usage.cost_reported or usage.estimated or entry.byok)
         and not (usage.cache_write_tokens or usage.audio_input_tokens or usage.audio_output_tokens)
     ):
         return Row(*common)
@@ -283,6 +305,7 @@ def _row(entry: Entry) -> Row:
         usage.audio_output_tokens,
         usage.cost_reported,
         usage.estimated,
+        entry.byok,
     )
 
 
