@@ -21,10 +21,10 @@ from uvicorn.server import ServerState
 from api.connection import HttpConnection
 from api.edge import CLOSED
 from api.errors import error_response
-from api.routing import Receive, Scope, Send
+from api.routing import Receive, Response, Scope, Send
 from gateway.config import Settings
 from gateway.errors import GatewayError, InvalidRequest, Overloaded, RequestTimedOut
-from gateway.observability.logs import log_event
+from gateway.observability.logs import bind_request_id, log_event
 
 _LOG = logging.getLogger("api.protocol")
 _FRAMING = frozenset({b"content-length", b"transfer-encoding"})
@@ -289,25 +289,22 @@ class GatewayProtocol(HttpConnection):
                 served.wake()
                 if served.on_gone is not None:
                     served.on_gone()
-            response = error_response(error)
+            response = _refusal_of(error, self.client)
             self.transport.write(
                 b"HTTP/1.1 %d Refused\r\n%b%b\r\n%b"
                 % (
                     response.status,
                     self.common_headers(),
-                    b"".join([b"%b: %b\r\n" % field for field in _closing_headers(response.body, response.headers)]),
+                    b"".join([b"%b: %b\r\n" % field for field in response.headers]),
                     response.body,
                 )
             )
             if self.transport.get_write_buffer_size():
                 self._watch_reader()
+        else:
+            _refusal_of(error, self.client)
         self._forget_head_timer()
-        self._log(error)
         self.transport.close()
-
-    def _log(self, error: GatewayError) -> None:
-        client = self.client[0] if self.client else None
-        log_event(_LOG, "http.request.refused", message=error.message, status=error.status, client_ip=client)
 
     # Deadlines
 
@@ -366,29 +363,33 @@ class _Refusal:
         self._error = error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = error_response(self._error)
-        headers = _closing_headers(response.body, response.headers)
-        client = scope.get("client")
-        log_event(
-            _LOG,
-            "http.request.refused",
-            message=self._error.message,
-            status=response.status,
-            client_ip=client[0] if client else None,
-        )
-        await send({"type": "http.response.start", "status": response.status, "headers": headers})
+        response = _refusal_of(self._error, scope.get("client"))
+        await send({"type": "http.response.start", "status": response.status, "headers": list(response.headers)})
         await send({"type": "http.response.body", "body": response.body})
 
 
-def _closing_headers(body: bytes, more: tuple[tuple[bytes, bytes], ...]) -> list[tuple[bytes, bytes]]:
-    return [
+def _refusal_of(error: GatewayError, client: tuple[str, int] | None) -> Response:
+    """Return the last answer of a connection, and log it under the id that it carries."""
+    response = error_response(error)
+    request_id = os.urandom(16).hex()
+    with bind_request_id(request_id, request_id):
+        log_event(
+            _LOG,
+            "http.request.refused",
+            message=error.message,
+            status=response.status,
+            client_ip=client[0] if client else None,
+        )
+    headers = (
         (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
+        (b"content-length", str(len(response.body)).encode()),
         (b"connection", b"close"),
-        (b"x-request-id", os.urandom(16).hex().encode()),
+        (b"x-request-id", request_id.encode()),
+        (b"x-correlation-id", request_id.encode()),
         *CLOSED,
-        *more,
-    ]
+        *response.headers,
+    )
+    return Response(response.body, response.status, headers=headers)
 
 
 def _malformed(why: str) -> InvalidRequest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -70,13 +71,19 @@ def read_all(connection: socket.socket) -> bytes:
     return b"".join(parts)
 
 
-def send(gateway: Gateway, data: bytes) -> tuple[int, dict[str, str]]:
-    """Send bytes and return the status and the error object of the answer, which must close the connection."""
+def send(gateway: Gateway, data: bytes, event: str = "http.request.refused") -> tuple[int, dict[str, str]]:
+    """Send bytes and return the status and the error object of the answer, which must close the connection.
+
+    It has an id, under which the log has a line of ``event``.
+    """
     with closing(connect(gateway)) as connection:
         connection.sendall(data)
         answer = read_all(connection)
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 "), answer
+    (request_id,) = re.findall(rb"\r\nx-request-id: (\S+)", head)
+    assert b"\r\nx-correlation-id: " + request_id in head
+    gateway.logged(event, request_id=request_id.decode(), status=int(head.split()[1]))
     return int(head.split()[1]), json.loads(body)["error"]
 
 
@@ -290,6 +297,7 @@ def test_a_thousand_idle_connections_hold_nobody_up(tmp_path: Path, upstream: Sc
         wait_for(lambda: gateway.get("/v1/models").status == 503, what="the limit is reached")
         refused = gateway.get("/v1/models")
         assert (refused.error["code"], refused.headers["retry-after"]) == ("overloaded", "1")
+        gateway.logged("http.request.refused", request_id=refused.headers["x-request-id"])
         assert gateway.get("/health", key="").status == 200
         assert gateway.get("/metrics").status == 200
         assert gateway.rss_mb() - before < 30
@@ -340,7 +348,7 @@ def test_a_client_that_sends_on_reads_why_it_was_refused(
 def test_a_client_that_asks_first_is_told_before_it_sends(gateway: Gateway) -> None:
     lines = (HOST, f"Authorization: Bearer {KEY}", "Content-Length: 1000000", "Expect: 100-continue")
     started = time.monotonic()
-    status, error = send(gateway, request(*lines, start=f"POST {CHAT_PATH} HTTP/1.1"))
+    status, error = send(gateway, request(*lines, start=f"POST {CHAT_PATH} HTTP/1.1"), "http.request")
     assert (status, error["code"]) == (413, "request_too_large")
     # Nothing is on its way, so nothing is waited for.
     assert time.monotonic() - started < 1.5
