@@ -161,7 +161,7 @@ class Settings:
         "`development` or `production`; production refuses keyless callers and the dev key.",
     )
     project_name: str = setting("GATEWAY_PROJECT_NAME", "agent-gateway", "Service name in `/health` and `/`.")
-    host: str = setting("GATEWAY_HOST", "127.0.0.1", "Address `gateway serve` and `gateway dev` listen on.")
+    host: str = setting("GATEWAY_HOST", "127.0.0.1", "Address to listen on; `::` is IPv6 alone.")
     port: int = setting("GATEWAY_PORT", 8000, "Port `gateway serve` and `gateway dev` listen on.")
     workers: int = setting("GATEWAY_WORKERS", 1, "Processes of `gateway serve`.")
     worker_timeout_s: float = setting(

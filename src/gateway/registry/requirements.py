@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from importlib import metadata
 from pathlib import Path
-
-from packaging.requirements import InvalidRequirement, Requirement
+from typing import TYPE_CHECKING
 
 from gateway.registry.entry import Diagnostic
+
+if TYPE_CHECKING:  # a tenth of the time of a start, and few agents have a requirements.txt
+    from packaging.requirements import Requirement
 
 _MAX_BYTES = 256 * 1024
 _CONTINUED = re.compile(r"\\\r?\n")
@@ -29,6 +30,8 @@ def check_requirements(path: Path, label: str) -> tuple[Diagnostic, ...]:
         return ()
     except (OSError, UnicodeDecodeError) as error:
         return (_invalid(label, None, f"The file cannot be read as UTF-8 text ({type(error).__name__})."),)
+    from packaging.requirements import InvalidRequirement, Requirement  # noqa: PLC0415 - see above
+
     problems: list[Diagnostic] = []
     unmet: list[str] = []
     first_line: int | None = None
@@ -61,6 +64,8 @@ def check_requirements(path: Path, label: str) -> tuple[Diagnostic, ...]:
 
 def _lack(requirement: Requirement) -> str | None:
     """Say what is missing for one requirement; None if it is met or does not apply here."""
+    from importlib import metadata  # noqa: PLC0415 - see above
+
     if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
         return None
     name = str(requirement).partition(";")[0].strip()
