@@ -57,6 +57,50 @@ def test_an_alert_that_did_not_arrive_before_the_end_is_in_the_log(caplog: pytes
     assert (failed["budget"], failed["reason"]) == ("key/alice/cost", "the gateway ended")
 
 
+def test_what_a_killed_process_was_telling_is_told_by_another() -> None:
+    """Nothing is said at its end: it stops in the middle of a delivery, with the alert in its hands."""
+    now, let_go, tried, ids = [0], threading.Event(), threading.Event(), list[str]()
+    store = MemoryLimits(lambda: now[0])
+    config = AlertConfig("https://hooks.example/x", "shh", (0.5,))
+    (budget,) = counted("key", "alice", Limits(cost_per_day_usd=1))
+
+    def hang(url: str, body: bytes, headers: dict[str, str]) -> int:
+        ids.append(headers["webhook-id"])
+        tried.set()
+        let_go.wait(60)
+        raise ConnectionRefusedError
+
+    def post(url: str, body: bytes, headers: dict[str, str]) -> int:
+        ids.append(headers["webhook-id"])
+        return 204
+
+    async def see() -> None:
+        async with BudgetAlerts(config, store, Metrics(), post=post) as alerts:
+            alerts.spent(budget, NANO)
+            alerts.spent(budget, NANO)
+
+    async def main() -> None:
+        async with BudgetAlerts(config, store, Metrics(), post=hang, backoff_s=(600.0,)) as killed:
+            killed.spent(budget, NANO)
+            assert await asyncio.to_thread(tried.wait, 60)
+            let_go.set()
+        await see()
+        assert len(ids) == 1, "it may still be at it"
+        now[0] += 3_600_000
+        await see()
+        assert len(ids) == 2
+        await see()
+        now[0] += 3_600_000
+        await see()
+        assert len(ids) == 2, "told is told"
+        now[0] += 86_400_000
+        await see()
+
+    asyncio.run(main())
+    assert len(ids) == 3
+    assert ids[0] == ids[1]
+
+
 def test_a_receiver_that_hangs_holds_few_of_the_threads_that_tools_run_in() -> None:
     let_go, guard, now, most = threading.Event(), threading.Lock(), 0, 0
 

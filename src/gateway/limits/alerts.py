@@ -1,5 +1,8 @@
 """Budget alerts: a signed webhook when set shares of a budget are spent, once for each share and window.
 
+One process of all holds an alert while it sends it, and counts it as told when it has: where a process is killed in
+between, the next one that sees the share spent tells of it, under the same id.
+
 The body is signed as the Standard Webhooks specification says: ``webhook-id``, ``webhook-timestamp`` (epoch seconds)
 and ``webhook-signature``, which is ``v1,`` and the base64 of HMAC-SHA256 over ``id.timestamp.body`` with the secret.
 Where the alerts go, the operator's environment says alone.
@@ -16,6 +19,7 @@ import ssl
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from urllib.parse import urlsplit
 
@@ -23,7 +27,7 @@ import msgspec
 
 from gateway.config import Settings, is_web_address
 from gateway.errors import ConfigError
-from gateway.limits.port import LimitStore, LimitStoreDown, once
+from gateway.limits.port import Ask, Batch, Change, LimitStore, LimitStoreDown, Refusal, Rule
 from gateway.limits.rules import NANO, Counted
 from gateway.observability.logs import log_event
 from gateway.observability.metrics import Metrics
@@ -37,6 +41,7 @@ _AT_ONCE = 4
 """Deliveries under way: the threads they wait in are those of plain tools, too."""
 
 _CLOSE_S = 2.0
+_MARGIN_S = 60.0
 
 Post = Callable[[str, bytes, dict[str, str]], int]
 """Sends a body to an address and returns the status; raises `OSError`."""
@@ -70,6 +75,9 @@ class BudgetAlerts:
         self._reached: dict[tuple[str, float], float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._lanes = asyncio.Semaphore(_AT_ONCE)
+        tries_s = sum(backoff_s) + (len(backoff_s) + 1) * _ANSWER_S
+        self._hold_ms = int((tries_s + _MARGIN_S) * 1000)
+        self._holder = uuid.uuid4().hex
 
     async def __aenter__(self) -> BudgetAlerts:
         return self
@@ -98,11 +106,17 @@ class BudgetAlerts:
             task.add_done_callback(self._tasks.discard)
 
     async def _tell(self, of: Counted, share: float, nanodollars: int, key: tuple[str, float]) -> None:
+        told = Rule(f"alert/{of.rule.key}/{share:g}", 1, of.rule.window_ms)
+        held = Rule(f"alert/{of.rule.key}/{share:g}/held", 1, 0, hold_ms=self._hold_ms)
         try:
-            if not await once(self._store, f"alert/{of.rule.key}/{share:g}", of.rule.window_ms):
-                return
+            answer = await self._store.exchange(Batch(self._holder, ((Ask(told, 0), Ask(held, 1)),)))
         except LimitStoreDown:
             self._reached.pop(key, None)  # the next call that is settled tries again
+            return
+        found = answer.groups[0]
+        if isinstance(found, Refusal):
+            if found.index:  # another process is at it
+                self._reached[key] = time.monotonic() + self._hold_ms / 1000
             return
         scope, name = of.rule.key.split("/", 1)
         body = msgspec.json.encode(
@@ -121,8 +135,10 @@ class BudgetAlerts:
         )
         reason: str | None = "the gateway ended"
         try:
-            reason = await self._try(f"msg_{uuid.uuid4().hex}", body)
-        finally:  # also where the gateway ends before it has arrived: no other process will tell of it
+            reason = await self._try(_id_of(of, share), body)
+            with suppress(LimitStoreDown):  # then it is told again, under the same id
+                await self._store.exchange(Batch(self._holder, changes=(Change(told, 1), Change(held, -1))))
+        finally:  # also where the gateway ends before it has arrived: it is told of once the hold has passed
             if reason is None:
                 self._metrics.budget_alert("delivered")
                 log_event(_log, "budget.alert.sent", budget=of.rule.key, share=share)
@@ -157,6 +173,12 @@ class BudgetAlerts:
             except OSError as error:
                 return type(error.__cause__ or error).__name__
         return None if 200 <= status < 300 else f"status {status}"
+
+
+def _id_of(of: Counted, share: float) -> str:
+    """Return the id of an alert: the same in every process, and another one a window later."""
+    window = int(time.time() * 1000) // of.rule.window_ms
+    return f"msg_{hashlib.sha256(f'{of.rule.key}/{share:g}/{window}'.encode()).hexdigest()[:32]}"
 
 
 def signature(secret: str, delivery: str, timestamp: int, body: bytes) -> str:

@@ -113,9 +113,3 @@ class LimitStore(Protocol):
     async def exchange(self, batch: Batch) -> Answer:
         """Apply a batch, atomically. Raises `LimitStoreDown`."""
         ...
-
-
-async def once(store: LimitStore, key: str, within_ms: int) -> bool:
-    """Return True to one caller, over all processes, in a time of ``within_ms``. Raises `LimitStoreDown`."""
-    answer = await store.exchange(Batch("", ((Ask(Rule(key, 1, within_ms), 1),),)))
-    return isinstance(answer.groups[0], tuple)
