@@ -78,6 +78,9 @@ def render(explained: Explained) -> str:
     for number, row in enumerate(explained.candidates, 1):
         times = ", ".join(f"{key} {value:g}" for key, value in row["timeouts"].items())
         lines.append(f"  {number}. {row['model']}  (weight {row['weight']:g}; {times})")
+        if row["lent_key_header"] is not None:
+            rest = "without one it is left out" if row["allow_server_credentials"] == "never" else "else the gateway's"
+            lines.append(f"     with the key that a caller sends in {row['lent_key_header']}, {rest}")
     lines += [f"  fallbacks ({kind}): {', '.join(ids)}" for kind, ids in explained.fallbacks.items()]
     tries = ", ".join(f"{kind} {rule['attempts']}" for kind, rule in explained.retry.items())
     lines.append(f"  tries at one target: {tries}")
@@ -151,11 +154,14 @@ def _explained(
     name: str, kind: str, agent: str | None, route: Route, upstreams: dict[str, UpstreamConfig]
 ) -> Explained:
     def row(candidate: Candidate) -> dict[str, Any]:
-        timeouts = upstreams[candidate.target.name].timeouts
+        config = upstreams[candidate.target.name]
+        timeouts = config.timeouts
         return {
             "model": candidate.id,
             "weight": candidate.weight,
             "timeouts": {key: getattr(timeouts, key) for key in timeouts.__struct_fields__},
+            "allow_server_credentials": config.allow_server_credentials,
+            "lent_key_header": config.lent_key_header,
         }
 
     return Explained(

@@ -66,6 +66,18 @@ def test_strategy_fallbacks_tries_and_timeouts_are_shown(settings: Settings) -> 
     assert "a second target is asked after 0.5 s, or percentile 95 of the latest first-byte times" in hedged
 
 
+def test_whose_key_is_shown_to_an_upstream(settings: Settings) -> None:
+    file = settings.agent_path.parent / "config" / "upstreams.yaml"
+    assert "with the key" not in render(explain("both", settings, ()))
+    first, rest = "name: first", "with the key that a caller sends in x-cred-first-api-key, "
+    file.write_text(UPSTREAMS.replace(first, first + ", allow_server_credentials: fallback"), encoding="utf-8")
+    assert rest + "else the gateway's" in render(explain("both", settings, ()))
+    file.write_text(UPSTREAMS.replace(first, first + ", allow_server_credentials: never"), encoding="utf-8")
+    explained = explain("first/m", settings, ())
+    assert rest + "without one it is left out" in render(explained)
+    assert explained.candidates[0]["lent_key_header"] == "x-cred-first-api-key"
+
+
 def test_a_name_that_nobody_serves_is_said_to_be_none(settings: Settings) -> None:
     with pytest.raises(CliError, match="Nobody serves 'else'"):
         explain("else", settings, ())
