@@ -20,6 +20,7 @@ from gateway.observability.logs import (
     bind_tool,
     clean_text,
     configure_logging,
+    keep_out,
     log_context,
     log_event,
 )
@@ -378,3 +379,41 @@ def test_only_the_frames_of_an_exception_have_lines_of_their_own(lines: Lines) -
     assert first.endswith("ERROR   x.failed")
     assert frames[-1] == "    ValueError" and all(line.startswith("    ") for line in frames)
     assert "zq-secret" not in lines.stream.getvalue()
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize(
+    "word", ["timestamp", "logger", "message", "event", "admin-key", "127.0.0.1", "123456", "size"]
+)
+def test_what_a_caller_calls_a_secret_takes_nothing_of_a_line_away(lines: Lines, word: str, as_text: bool) -> None:
+    configure_logging("info", lines.stream, as_text=as_text)
+    with bind_request_id("req-1"):
+        keep_out((word,))
+        log_event(LOGGER, "x.y", key_id="admin-key", client_ip="127.0.0.1", size=123456, said=f"it is {word}")
+    line = lines.stream.getvalue()
+    if as_text:
+        assert line.endswith(
+            'INFO    x.y request_id=req-1 key_id=admin-key client_ip=127.0.0.1 size=123456 said="it is ***"\n'
+        )
+    else:
+        found = lines.only()
+        assert (found["event"], found["logger"], found["key_id"]) == ("x.y", "gateway.test", "admin-key")
+        assert (found["client_ip"], found["size"], found["said"]) == ("127.0.0.1", 123456, "it is ***")
+
+
+def test_a_secret_of_a_known_shape_is_masked_to_its_end(lines: Lines) -> None:
+    secret = "sk-" + "a" * 20 + '/the"rest'
+    with bind_request_id(f"of {secret}", f"part of {secret}"):
+        keep_out((secret,))
+        try:
+            raise GatewayError(f"refused {secret}")
+        except GatewayError as error:
+            log_event(LOGGER, "x.y", message=f"It is {secret}.", names=[{secret: secret}], exc_info=error)
+    text = lines.stream.getvalue()
+    assert "/the" not in text and "rest" not in text
+    found = lines.only()
+    assert (found["message"], found["names"]) == ("It is ***.", [{"***": "***"}])
+    assert (found["request_id"], found["correlation_id"]) == ("of ***", "part of ***")
+    with bind_request_id("req-2"):
+        log_event(LOGGER, "x.y", message="It is sk-" + "a" * 20 + '/the"rest.')
+    assert lines.all()[-1]["message"] == 'It is ***/the"rest.', "another request knows nothing of it"

@@ -31,6 +31,8 @@ _MOST_ITEMS = 50
 _SHORT = 160
 _MOST_SCRUBBED = 2_048
 _TOGETHER_S = 0.1
+_OWN_NAMES = frozenset({"key_id", "client_ip", "run_id"})
+"""Fields with words of the gateway's own: a caller that lends such a word as a secret does not hide who it is."""
 _DEEPEST = 4
 _FEW = 5
 
@@ -85,7 +87,7 @@ class LogContext:
     def fill(self, line: dict[str, Any]) -> None:
         """Add what is known to a line that does not say it itself."""
         if self.correlation_id is not None:
-            line.setdefault("correlation_id", self.correlation_id)
+            line.setdefault("correlation_id", without_secrets(self.correlation_id))
         if self.endpoint is not None:
             line.setdefault("endpoint", self.endpoint)
         if self.agent_id is not None:
@@ -403,12 +405,13 @@ def _line(
     exception_text: bool = False,
 ) -> str:
     context = _CONTEXT.get()
+    lent = context is not None and bool(context.secrets)
     line: dict[str, Any] = {
         "timestamp": _timestamp(created),
         "level": _level_name(level),
         "logger": logger,
         "event": event,
-        "request_id": context.request_id if context is not None else None,
+        "request_id": without_secrets(context.request_id) if context is not None else None,
         "message": event if message is event else clean_text(message),
     }
     for name, value in fields.items():
@@ -421,16 +424,16 @@ def _line(
             line[name] = value
         elif kind is str and not _is_secret(name):
             # Letters and digits alone are no secret's shape.
-            line[name] = value if value.isalnum() and len(value) <= _SHORT else clean_text(value)
+            if value.isalnum() and len(value) <= _SHORT and not lent:
+                line[name] = value
+            else:
+                line[name] = _SCRUBBED[value] if name in _OWN_NAMES else clean_text(value)
         else:
             line[name] = _clean(name, value, 0)
     if context is not None:
         context.fill(line)
     if error is not None:
         line["exception"] = _exception(error, exception_text)
-    if context is not None and context.secrets:
-        as_json = (_encode(secret).decode()[1:-1] for secret in context.secrets)
-        return masked(_encode(line).decode(), as_json) + "\n"
     return _encode(line).decode() + "\n"
 
 
@@ -440,13 +443,13 @@ def _timestamp(created: float) -> str:
 
 
 def clean_text(text: str, longest: int = _LONGEST_TEXT) -> str:
-    """Return ``text`` fit for a log: secrets of a known shape masked, unsafe characters escaped, cut at ``longest``."""
+    """Return ``text`` fit for a log: secrets masked, unsafe characters escaped, cut at ``longest``."""
+    text = without_secrets(text)  # before anything is cut or masked by its shape: half of one would not be known again
     return _SCRUBBED[text] if longest == _LONGEST_TEXT else _scrub(text, longest)
 
 
 def _scrub(text: str, longest: int) -> str:
     if len(text) > longest:
-        text = without_secrets(text)  # half of one that the cut goes through would not be known again
         text = f"{text[:longest]}… ({len(text) - longest} more characters)"
     text = _SECRET_SHAPES.sub(_MASK, text)
     if not text.isprintable():
