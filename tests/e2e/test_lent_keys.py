@@ -275,6 +275,11 @@ def test_an_upstream_without_a_key_of_ours_is_healthy_when_it_asks_for_one(tmp_p
     [
         ("provider: demo, allow_server_credentials: never", "'demo' takes no keys"),
         ("base_url: 'http://127.0.0.1:9/v1', allow_server_credentials: sometimes", "sometimes"),
+        (
+            "base_url: 'http://127.0.0.1:9/v1', allow_server_credentials: never}, {name: A, "
+            "base_url: 'http://127.0.0.1:9/v1', allow_server_credentials: fallback",
+            "'a' and 'A' would both take",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_at_the_start(tmp_path: Path, fields: str, said: str) -> None:

@@ -19,7 +19,7 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Annotated, Literal
@@ -196,6 +196,7 @@ def load_upstreams(settings: Settings, env: Mapping[str, str] | None = None) -> 
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"upstreams.yaml: two upstreams are named '{name}'; give each its own name.")
+    _refuse_shared_headers(upstreams)
     if settings.openai_api_key and "openai" not in names:
         upstreams.append(_openai_of(settings))
     if not upstreams:
@@ -291,6 +292,18 @@ def _complete(item: UpstreamConfig, variables: Mapping[str, str], *, literal_key
         models=OPENAI_MODELS if item.models is None and item.provider == "openai" else item.models,
         headers={name: _expand(value, variables, f"{where}: headers") or "" for name, value in item.headers.items()},
     )
+
+
+def _refuse_shared_headers(upstreams: Sequence[UpstreamConfig]) -> None:
+    """Refuse two names that read alike in a header: a key that is lent to one would go to the other, too."""
+    lent: dict[str, str] = {}
+    for item in upstreams:
+        header = item.lent_key_header
+        if header is not None and (other := lent.setdefault(header, item.name)) != item.name:
+            raise ConfigError(
+                f"upstreams.yaml: upstreams '{other}' and '{item.name}' would both take the keys that callers send in "
+                f"'{header}'; give one of them another name."
+            )
 
 
 def _discovers(item: UpstreamConfig, preset: Preset, *, has_keys: bool) -> bool:
