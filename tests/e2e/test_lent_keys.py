@@ -13,7 +13,7 @@ from openai import OpenAI
 
 from tests.support.house import ADMIN, CHAT, UPSTREAM_KEY, write_agent
 from tests.support.http import Response
-from tests.support.scripted_answers import Answer, status
+from tests.support.scripted_answers import LAST, STREAM_HEAD, Answer, sse, status
 from tests.support.scripted_upstream import Request, ScriptedUpstream
 from tests.support.server import Gateway, StartFailed, running_gateway
 from tests.support.waiting import wait_for
@@ -226,6 +226,24 @@ def test_a_refused_key_is_told_its_owner_and_hurts_nobody_else(stage: Stage, mar
     assert stage.ask("hasty").headers["x-gateway-upstream"] == "mixed"
     assert {stage.ask("mixed/n", said=str(n)).status for n in range(4)} == {200}
     assert set(stage.shown(mark)[7:]) == {f"Bearer {UPSTREAM_KEY}", f"Bearer {UPSTREAM_KEY}2"}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_refusal_that_comes_with_status_200_is_told_its_owner_as_well(
+    stage: Stage, mark: int, streamed: bool
+) -> None:
+    refusal = {"error": {"message": f"bad {OWN}", "code": 401}}
+    asking = ("/v1/chat/completions", "/v1/images/generations")
+    for path in asking:
+        events = Answer(steps=lambda streamed: [STREAM_HEAD, *sse(refusal), LAST])
+        stage.server.enqueue(events if streamed else Answer(body=refusal))
+        body = {"model": "mixed/m", "messages": [], "prompt": "x", "stream": streamed}
+        answer = stage.gateway.post(path, body, key=CHAT, headers=lent("mixed"))
+        said = answer.body.decode()
+        assert "upstream_key_refused" in said, said
+        assert "'x-cred-mixed-api-key' (401)" in said
+        assert "canary" not in str(answer.body)
+        assert path != asking[0] or answer.status == 401
 
 
 def test_a_failure_of_the_upstream_is_everybodys(stage: Stage, mark: int) -> None:

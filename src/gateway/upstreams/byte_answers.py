@@ -41,16 +41,18 @@ class ByteAnswer(Protocol):
         ...
 
 
-def byte_answer(path: str, status: int, content_type: bytes, upstream: str, secrets: tuple[str, ...]) -> ByteAnswer:
+def byte_answer(
+    path: str, status: int, content_type: bytes, upstream: str, secrets: tuple[str, ...], lent_in: str | None = None
+) -> ByteAnswer:
     """Return the judge of one answer of ``path``. A file's content is nobody's answer, and passes."""
     kind = content_type.partition(b";")[0].strip().lower()
     path = path.partition("?")[0]
     if status == 204 or path.endswith("/content"):
         return _Plain(upstream)
     if kind == b"application/json":
-        return _Json(upstream, secrets)
+        return _Json(upstream, secrets, lent_in)
     if kind == b"text/event-stream":
-        return _Events(upstream, secrets)
+        return _Events(upstream, secrets, lent_in)
     return _Plain(upstream, needed=path == _SPEECH_PATH)
 
 
@@ -71,8 +73,8 @@ class _Plain:
 
 
 class _Json:
-    def __init__(self, upstream: str, secrets: tuple[str, ...]) -> None:
-        self._upstream, self._secrets = upstream, secrets
+    def __init__(self, upstream: str, secrets: tuple[str, ...], lent_in: str | None) -> None:
+        self._upstream, self._secrets, self._lent_in = upstream, secrets, lent_in
         self._held = bytearray()
         self._passes = False
         self._last = b""
@@ -92,7 +94,7 @@ class _Json:
     def end(self) -> bytes:
         if not self._passes:
             held = bytes(self._held)
-            JsonJudge(self._upstream, self._secrets).body(held)
+            JsonJudge(self._upstream, self._secrets, self._lent_in).body(held)
             return held
         if not self._last.rstrip().endswith(b"}"):
             raise _cut(self._upstream, "ended its answer before it was finished")
@@ -102,8 +104,8 @@ class _Json:
 class _Events:
     """Errors are raised instead of relayed; where the events are of official kinds, the last one must come."""
 
-    def __init__(self, upstream: str, secrets: tuple[str, ...]) -> None:
-        self._upstream, self._secrets = upstream, secrets
+    def __init__(self, upstream: str, secrets: tuple[str, ...], lent_in: str | None) -> None:
+        self._upstream, self._secrets, self._lent_in = upstream, secrets, lent_in
         self._held = b""
         self._tail = b""
         self._passes = False
@@ -169,7 +171,7 @@ class _Events:
             return
         error = event.get("error") or (event if event.get("type") == "error" else None)
         if error:
-            raise failure_of_object(self._upstream, error, secrets=self._secrets)
+            raise failure_of_object(self._upstream, error, secrets=self._secrets, lent_in=self._lent_in)
 
     def _watch(self, piece: bytes) -> None:
         """Note whether events of an official kind have begun, and ended."""

@@ -25,7 +25,6 @@ from gateway.errors import (
     ConfigError,
     GatewayError,
     LentKeyMissing,
-    LentKeyRefused,
     UpstreamAuthFailed,
     UpstreamMalformed,
     UpstreamRejected,
@@ -103,11 +102,12 @@ class Upstream(ABC):
         self._metrics = metrics
         secrets = (*keys_of(config), *config.headers.values(), *proxy_secrets(config.proxy))
         self._secrets = tuple(s for s in secrets if len(s) >= 8)
+        self._lent_in: str | None = None
 
     @property
     def is_lent(self) -> bool:
         """Whether calls are made with a key of the caller's own; see `for_caller`."""
-        return False
+        return self._lent_in is not None
 
     def for_caller(self, sent: Mapping[str, str]) -> Upstream:
         """Return the upstream as one caller uses it: with the key it lent, where one is taken.
@@ -130,7 +130,7 @@ class Upstream(ABC):
         status: int | str = "cancelled"
         try:
             answer = await self._post(path, body, request_id, headers, on_head)
-            judge_for(path, self.name, self._secrets).body(answer)
+            judge_for(path, self.name, self._secrets, self._lent_in).body(answer)
             status = 200
             return answer
         except GatewayError as error:
@@ -167,7 +167,7 @@ class Upstream(ABC):
         on_head: OnHead | None = None,
     ) -> UpstreamStream:
         """Send one streamed request and return with its first events; ``async with`` what is returned."""
-        stream = UpstreamStream(self, path, judge_for(path, self.name, self._secrets))
+        stream = UpstreamStream(self, path, judge_for(path, self.name, self._secrets, self._lent_in))
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(stream)
             stream.source = await self._open(path, body, request_id, headers, on_head)
@@ -186,7 +186,7 @@ class Upstream(ABC):
         def begin(code: int, headers: Mapping[bytes, bytes]) -> None:
             nonlocal answer
             kind = headers.get(b"content-type", b"")
-            answer = byte_answer(request.path, code, kind, self.name, self._secrets)
+            answer = byte_answer(request.path, code, kind, self.name, self._secrets, self._lent_in)
             if on_head is not None:
                 on_head(code, headers)
 
@@ -406,12 +406,6 @@ class HttpUpstream(Upstream):
                 self._headers["proxy-authorization"] = proxy.credentials
         self._common = _header_block(self._headers)
         self._own = frozenset(name.lower() for name in config.headers)
-        self._is_lent = False
-
-    @property
-    def is_lent(self) -> bool:
-        """See `Upstream.is_lent`."""
-        return self._is_lent
 
     def for_caller(self, sent: Mapping[str, str]) -> Upstream:
         """See `Upstream.for_caller`."""
@@ -432,7 +426,7 @@ class HttpUpstream(Upstream):
     def _with_lent(self, key: str) -> HttpUpstream:
         """Return a copy that shares connections and health; this key stands in it for those of the gateway."""
         lent = copy.copy(self)
-        lent._is_lent = True
+        lent._lent_in = self.config.lent_key_header
         lent._keys = UpstreamKeys(self.name, (key,))
         lent._secrets = (*self._secrets, key)
         places = {self._preset.key_header, self._preset.list_key_header}
@@ -552,7 +546,7 @@ class HttpUpstream(Upstream):
             answer = await self._read_answer(exchange, body, key)
             if kind == b"application/json":
                 # Some servers answer a streamed request with 200 and a plain error object.
-                judge_for("", self.name, self._secrets).body(answer)
+                judge_for("", self.name, self._secrets, self._lent_in).body(answer)
             shown = kind.decode("latin-1")[:64]
             raise UpstreamMalformed(
                 f"The upstream '{self.name}' answered a streamed request with {shown} instead of an event stream. See "
@@ -587,13 +581,14 @@ class HttpUpstream(Upstream):
             # The status has already said that it failed: a body that is cut or too long does not change that.
         if good:
             return bytes(body)
-        if self._is_lent and exchange.status in (401, 403):
-            raise LentKeyRefused(
-                f"The upstream '{self.name}' refused the key that you sent in '{self.config.lent_key_header}' "
-                f"({exchange.status})."
-            )
         raise failure_of_status(
-            self.name, exchange.status, exchange.headers, bytes(body), asked=asked, secrets=self._secrets
+            self.name,
+            exchange.status,
+            exchange.headers,
+            bytes(body),
+            asked=asked,
+            secrets=self._secrets,
+            lent_in=self._lent_in,
         )
 
     def _json_head(

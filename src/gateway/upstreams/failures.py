@@ -13,6 +13,7 @@ import msgspec
 
 from gateway.errors import (
     GatewayError,
+    LentKeyRefused,
     UpstreamAuthFailed,
     UpstreamError,
     UpstreamMalformed,
@@ -71,9 +72,19 @@ class Complaint:
 
 
 def failure_of_status(
-    name: str, status: int, headers: Mapping[bytes, bytes], body: bytes, *, asked: bytes, secrets: tuple[str, ...]
+    name: str,
+    status: int,
+    headers: Mapping[bytes, bytes],
+    body: bytes,
+    *,
+    asked: bytes,
+    secrets: tuple[str, ...],
+    lent_in: str | None = None,
 ) -> GatewayError:
-    """Map an answer with a status other than 2xx; ``asked`` is the body that was sent."""
+    """Map an answer with a status other than 2xx; ``asked`` is the body that was sent.
+
+    ``lent_in`` is the header in which the caller lent the key of this call; None: it was the gateway's own.
+    """
     if 300 <= status < 400:
         return UpstreamError(
             f"The upstream '{name}' answered with a redirect ({status}), which is not followed. Set its base_url to "
@@ -81,7 +92,7 @@ def failure_of_status(
             should_retry=False,
         )
     complaint = Complaint.of_body(body, secrets)
-    failure = _failure(name, status, complaint, retry_after_s(headers), _model_of(asked))
+    failure = _failure(name, status, complaint, retry_after_s(headers), _model_of(asked), lent_in)
     failure.upstream_headers = shown_headers(headers)
     failure.words = complaint.message
     if status in _INTACT:
@@ -89,21 +100,21 @@ def failure_of_status(
     return failure
 
 
-def failure_of_object(name: str, error: Any, *, secrets: tuple[str, ...]) -> GatewayError:
+def failure_of_object(name: str, error: Any, *, secrets: tuple[str, ...], lent_in: str | None = None) -> GatewayError:
     """Map an error object that came with status 200, alone or inside a stream."""
     complaint = Complaint(error, secrets)
-    failure = _failure_of_complaint(name, complaint)
+    failure = _failure_of_complaint(name, complaint, lent_in)
     failure.words = complaint.message
     return failure
 
 
-def _failure_of_complaint(name: str, complaint: Complaint) -> GatewayError:
+def _failure_of_complaint(name: str, complaint: Complaint, lent_in: str | None) -> GatewayError:
     if complaint.status is not None:
-        return _failure(name, complaint.status, complaint, None, None)
+        return _failure(name, complaint.status, complaint, None, None, lent_in)
     if complaint.code == "context_length_exceeded":
         return _rejected(name, 400, complaint)
     if complaint.code == "rate_limit_exceeded" or complaint.code in _QUOTA_CODES:
-        return _failure(name, 429, complaint, None, None)
+        return _failure(name, 429, complaint, None, None, lent_in)
     said = f": {complaint.message}" if complaint.message else "; it gave no reason."
     return UpstreamError(f"The upstream '{name}' failed while it answered{said}")
 
@@ -123,10 +134,14 @@ def retry_after_s(headers: Mapping[bytes, bytes]) -> float | None:
     return seconds
 
 
-def _failure(name: str, status: int, complaint: Complaint, wait_s: float | None, model: str | None) -> GatewayError:
+def _failure(
+    name: str, status: int, complaint: Complaint, wait_s: float | None, model: str | None, lent_in: str | None
+) -> GatewayError:
     said = f" It said: {complaint.message}" if complaint.message else ""
     if status in (400, 413, 422):
         return _rejected(name, status, complaint)
+    if status in (401, 403) and lent_in is not None:
+        return LentKeyRefused(f"The upstream '{name}' refused the key that you sent in '{lent_in}' ({status}).")
     if status in (401, 403):
         return UpstreamAuthFailed(
             f"The upstream '{name}' refused the gateway's own key ({status}); yours is not at fault. Its operator sets "

@@ -37,17 +37,21 @@ class Judge(Protocol):
         ...
 
 
-def judge_for(path: str, upstream: str, secrets: tuple[str, ...]) -> Judge:
-    """Return a fresh judge for one answer of ``path``; paths without rules of their own must be JSON, and no error."""
-    return _JUDGES.get(path.partition("?")[0], JsonJudge)(upstream, secrets)
+def judge_for(path: str, upstream: str, secrets: tuple[str, ...], lent_in: str | None = None) -> Judge:
+    """Return a fresh judge for one answer of ``path``; paths without rules of their own must be JSON, and no error.
+
+    ``secrets`` and ``lent_in`` are for `gateway.upstreams.failures`.
+    """
+    return _JUDGES.get(path.partition("?")[0], JsonJudge)(upstream, secrets, lent_in)
 
 
 class JsonJudge:
     """Valid JSON objects without an ``error``."""
 
-    def __init__(self, upstream: str, secrets: tuple[str, ...]) -> None:
+    def __init__(self, upstream: str, secrets: tuple[str, ...], lent_in: str | None = None) -> None:
         self._upstream = upstream
         self._secrets = secrets
+        self._lent_in = lent_in
 
     def body(self, data: bytes) -> None:
         """Judge a whole answer."""
@@ -89,7 +93,7 @@ class JsonJudge:
             said = msgspec.json.decode(error)
         except (msgspec.DecodeError, RecursionError):
             said = None  # numbers beyond every float, or depth: that it failed is clear all the same
-        return failure_of_object(self._upstream, said, secrets=self._secrets)
+        return failure_of_object(self._upstream, said, secrets=self._secrets, lent_in=self._lent_in)
 
 
 class ChatJudge(JsonJudge):
@@ -98,8 +102,8 @@ class ChatJudge(JsonJudge):
     whole = "a chat completion"
     part = "message"
 
-    def __init__(self, upstream: str, secrets: tuple[str, ...]) -> None:
-        super().__init__(upstream, secrets)
+    def __init__(self, upstream: str, secrets: tuple[str, ...], lent_in: str | None = None) -> None:
+        super().__init__(upstream, secrets, lent_in)
         self._open: set[int] = set()
         self._finished: set[int] = set()
         self._frame: Frame | None = None
@@ -196,8 +200,8 @@ class EmbeddingsJudge(JsonJudge):
 class ResponsesJudge(JsonJudge):
     """Responses: the last word is ``response.completed``, ``response.incomplete`` or a failure."""
 
-    def __init__(self, upstream: str, secrets: tuple[str, ...]) -> None:
-        super().__init__(upstream, secrets)
+    def __init__(self, upstream: str, secrets: tuple[str, ...], lent_in: str | None = None) -> None:
+        super().__init__(upstream, secrets, lent_in)
         self._done = False
 
     def body(self, data: bytes) -> None:
