@@ -60,6 +60,20 @@ def test_another_parser_reads_the_same() -> None:
     assert fields(rewriter.content_type, out) == {"model": b"<m>", "prompt": b"two\r\nlines"}
 
 
+@pytest.mark.parametrize("step", [1, 33, 1 << 20])
+@pytest.mark.parametrize(
+    "header", ["Content-Transfer-Encoding: quoted-printable", "Content-Type: text/plain; charset=utf-7", "X-A: b"]
+)
+def test_another_parser_is_told_of_no_other_way_to_read_the_model(header: str, step: int) -> None:
+    """Go's, for one, undoes quoted-printable: ``=67pt-5`` would be ``gpt-5`` there, and +AGcAcAB0-5 in UTF-7, too."""
+    form = part("model", b"=67pt-5").replace(b"\r\n\r\n", f"\r\n{header}\r\n\r\n".encode(), 1) + END
+    rewriter, out = rewrite(part("prompt", b"x") + form, step)
+    assert rewriter.model == "=67pt-5"
+    assert rewriter.growth is not None and len(out) == len(part("prompt", b"x") + form) + rewriter.growth
+    assert header.encode() not in out
+    assert fields(rewriter.content_type, out)["model"] == b"<=67pt-5>"
+
+
 def test_a_form_may_have_no_model() -> None:
     rewriter, _ = rewrite(part("prompt", b"x") + END)
     assert rewriter.model is None

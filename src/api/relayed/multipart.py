@@ -17,6 +17,8 @@ MODEL_BYTES = 512
 MOST_PARTS = 1_000
 _NOTED = {b"n", b"size", b"quality", b"user"}
 _NOTED_BYTES = 256
+_MODEL_HEAD = b'Content-Disposition: form-data; name="model"'
+"""Nothing else: under an encoding or a character set of the client's, the name that was judged might read differently."""
 
 _BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,./:=?-]{1,70}")
 _HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
@@ -120,7 +122,6 @@ class FormRewriter:
                 raise _refused("the headers of a part are too long")
             return False
         head, self._held = self._held[:end], self._held[end + 4 :]
-        self._out.append(head + b"\r\n\r\n")
         name = _field_of(head)
         if name in _NOTED:
             self._note, self._note_name = bytearray(), name.decode()
@@ -128,6 +129,10 @@ class FormRewriter:
             if self.model is not None:
                 raise InvalidRequest("The form has the field 'model' more than once; send it once.", param="model")
             self._value = bytearray()
+            if self.growth is not None:
+                self.growth += len(_MODEL_HEAD) - len(head)
+            head = _MODEL_HEAD
+        self._out.append(head + b"\r\n\r\n")
         self._state = self._data
         return True
 
