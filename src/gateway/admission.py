@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from functools import partial
+from itertools import chain
 from types import MappingProxyType
 
 from msgspec import Raw, Struct
@@ -29,6 +30,7 @@ from gateway.config import Settings
 from gateway.errors import (
     AgentMisconfigured,
     ConfigError,
+    InvalidRequest,
     ModelNotAllowed,
     ModelNotFound,
     PermissionDenied,
@@ -45,10 +47,13 @@ from gateway.run import Executor, Run
 from gateway.runs.cached import CachedExecutor
 from gateway.runs.relay import RelayExecutor
 from gateway.snapshot import Snapshot
+from gateway.upstreams.presets import PRESETS
 
 _log = logging.getLogger("gateway.security")
 
 
+_FURTHER_MODELS = frozenset(preset.further_models for preset in PRESETS.values() if preset.further_models is not None)
+_MOST_FURTHER = 100
 _LONGEST_USER = 256
 _MOST_REACHED = 4_096
 _NONE: Mapping[str, str] = MappingProxyType({})
@@ -102,6 +107,8 @@ def admit(call: Call, snapshot: Snapshot, settings: Settings) -> tuple[Run, Exec
         headers = {name: call.headers[name] for name in settings.header_allowlist if name in call.headers}
         caller = accept_caller_context(call.headers, call.principal, snapshot.metrics)
     else:
+        if not _FURTHER_MODELS.isdisjoint(call.fields):
+            _authorize_further(call, target, snapshot)
         request = decode_relay(name, _filled(call, target), call.path)
         model, executor, streamed = name, RelayExecutor(target, meter=snapshot.meter), request.stream
         if snapshot.cache is not None:
@@ -197,16 +204,7 @@ def authorize_model(
     canonical, target = find_target(name, principal, snapshot, upstream=upstream)
     if target is None:
         raise ModelNotFound(_not_found(name, principal, snapshot), param="model")
-    allowed = _decide(principal, canonical, snapshot)
-    snapshot.metrics.access_decided("model", allowed)
-    if not allowed:
-        if snapshot.keyring.hide_foreign_models:
-            raise ModelNotFound(_not_found(name, principal, snapshot), param="model")
-        raise ModelNotAllowed(
-            f"The key '{principal.key_id}' does not reach the model '{canonical}'. Ask its owner to add a pattern that "
-            "matches it to allow_agents, or use a model from GET /v1/models.",
-            param="model",
-        )
+    _authorize_canonical(name, canonical, principal, snapshot)
     if isinstance(target, AgentEntry):
         return target
     if upstream is not None and canonical == name:
@@ -216,6 +214,41 @@ def authorize_model(
             snapshot.reached.clear()
         snapshot.reached[principal.key_id, name] = principal, target.upstream.route
     return target
+
+
+def _authorize_canonical(
+    name: str, canonical: str, principal: Principal, snapshot: Snapshot, *, param: str = "model"
+) -> None:
+    allowed = _decide(principal, canonical, snapshot)
+    snapshot.metrics.access_decided("model", allowed)
+    if allowed:
+        return
+    if snapshot.keyring.hide_foreign_models:
+        raise ModelNotFound(_not_found(name, principal, snapshot), param=param)
+    raise ModelNotAllowed(
+        f"The key '{principal.key_id}' does not reach the model '{canonical}'. Ask its owner to add a pattern that "
+        "matches it to allow_agents, or use a model from GET /v1/models.",
+        param=param,
+    )
+
+
+def _authorize_further(call: Call, target: RoutedBinding, snapshot: Snapshot) -> None:
+    """Judge the models that a request names beside its own, for an upstream that may answer with them instead."""
+    if call.principal.is_drop_in:
+        return
+    route = target.upstream.route
+    for item in chain(route.candidates, *(route.fallbacks or {}).values()):
+        field = PRESETS[item.target.config.provider].further_models
+        if field is None or field not in call.fields:
+            continue
+        names = decode_value(call.fields[field], field)
+        if names is None:
+            continue
+        if not isinstance(names, list) or len(names) > _MOST_FURTHER or not all(isinstance(n, str) for n in names):
+            raise InvalidRequest(f"'{field}' must be a list of up to {_MOST_FURTHER} names of models.", param=field)
+        for name in names:
+            canonical = f"{item.target.name}/{name}"
+            _authorize_canonical(canonical, canonical, call.principal, snapshot, param=field)
 
 
 def find_target(

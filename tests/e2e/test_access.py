@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from openai import OpenAI, PermissionDeniedError
@@ -13,6 +14,7 @@ from tests.support.house import ADMIN, CHAT, NARROW, furnish
 from tests.support.http import Response
 from tests.support.obedient_upstream import ObedientUpstream
 from tests.support.schema import assert_error
+from tests.support.scripted_upstream import ScriptedUpstream
 from tests.support.server import Gateway, running_gateway
 from tests.support.waiting import wait_for
 
@@ -214,3 +216,41 @@ def test_guessing_keys_is_slowed_down_and_hurts_nobody_else(start: GatewayFactor
     assert gateway.get("/health", key="").status == 200
     gateway.logged("api_key.throttled")
     assert len(gateway.log_events("api_key.throttled")) == 1
+
+
+@pytest.mark.parametrize("hides", [False, True])
+def test_a_request_names_no_further_model_that_its_key_does_not_reach(tmp_path: Path, hides: bool) -> None:
+    """OpenRouter answers with one of ``models`` where the first fails: each of them is a model that is asked for."""
+    with ScriptedUpstream() as server:
+        furnish(tmp_path, "http://127.0.0.1:9/v1", hide_foreign_models=hides)
+        (tmp_path / "upstreams.yaml").write_text(
+            f"upstreams:\n- {{name: router, provider: openrouter, base_url: '{server.base_url}'}}\n"
+            f"- {{name: other, base_url: '{server.base_url}'}}\n",
+            encoding="utf-8",
+        )
+        (tmp_path / "routing.yaml").write_text(
+            "models:\n  pair: {targets: [{model: other/a}], fallbacks: [router/a]}\n", encoding="utf-8"
+        )
+        security = (tmp_path / "security.yaml").read_text(encoding="utf-8")
+        security = security.replace('"labs/*"]', '"router/small-*", "other/*", pair]')
+        (tmp_path / "security.yaml").write_text(security, encoding="utf-8")
+        with running_gateway(tmp_path, key=NARROW) as gateway:
+
+            def ask(model: str, models: object, path: str = "/v1/chat/completions") -> Response:
+                return gateway.post(path, {"model": model, "messages": [], "prompt": "x", "models": models})
+
+            for model in ("router/small-a", "pair"):
+                for path in ("/v1/chat/completions", "/v1/completions"):
+                    refused = ask(model, ["small-b", "vendor/large"], path)
+                    assert (refused.status, refused.error["param"]) == (404 if hides else 403, "models")
+                    assert "vendor/large" in refused.error["message"]
+                for wrong in ("vendor/large", [["small-b"]], {"a": 1}, ["small-b"] * 101):
+                    assert (ask(model, wrong).status, ask(model, wrong).error["param"]) == (400, "models")
+                assert not [one for one in server.requests if one.method == "POST"]
+            for model, models in (("router/small-a", ["small-b", "small-c"]), ("pair", None), ("pair", ["small-b"])):
+                assert ask(model, models).status == 200
+                assert server.requests[-1].json["models"] == models
+            # Elsewhere the field means nothing, and passes.
+            assert ask("other/a", ["vendor/large"]).status == 200
+            assert server.requests[-1].json["models"] == ["vendor/large"]
+            server.requests.clear()

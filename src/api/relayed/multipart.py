@@ -18,7 +18,7 @@ MOST_PARTS = 1_000
 _NOTED = {b"n", b"size", b"quality", b"user"}
 _NOTED_BYTES = 256
 _MODEL_HEAD = b'Content-Disposition: form-data; name="model"'
-"""Nothing else: under an encoding or a character set of the client's, the name that was judged might read differently."""
+"""Nothing else: under an encoding or a character set of the client's, another parser might read another name."""
 
 _BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,./:=?-]{1,70}")
 _HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")

@@ -14,7 +14,8 @@ class Preset:
     ``base_url`` None means that each user has an address of their own, which ``address`` describes. ``key_header`` is
     where the key goes: ``authorization`` (as ``Bearer``) or a header that holds nothing else. ``list_key_header`` is
     the one for GET requests, where a server wants another. ``own_server`` marks software that runs at the user's, whose
-    models are few and are listed without being asked for.
+    models are few and are listed without being asked for. ``further_models`` is the field of a request in which a
+    server takes more models than one, to answer with instead.
     """
 
     base_url: str | None = None
@@ -23,6 +24,7 @@ class Preset:
     list_key_header: str | None = None
     headers: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     own_server: bool = False
+    further_models: str | None = None
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
@@ -40,7 +42,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         ),
         "gemini": Preset("https://generativelanguage.googleapis.com/v1beta/openai"),
         "bedrock": Preset(address="https://bedrock-mantle.REGION.api.aws/v1"),
-        "openrouter": Preset("https://openrouter.ai/api/v1"),
+        "openrouter": Preset("https://openrouter.ai/api/v1", further_models="models"),
         "groq": Preset("https://api.groq.com/openai/v1"),
         "mistral": Preset("https://api.mistral.ai/v1"),
         "together": Preset("https://api.together.xyz/v1"),
