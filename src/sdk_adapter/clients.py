@@ -17,9 +17,8 @@ from urllib.parse import urlencode, urlsplit
 
 import msgspec
 from openai import NotGiven, Omit
-from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from openai.types.responses import Response, ResponseCompletedEvent, ResponseStreamEvent, ResponseUsage
+from openai.types.responses import Response, ResponseCompletedEvent, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from gateway.errors import UpstreamError, UpstreamIncomplete, UpstreamMalformed
@@ -28,7 +27,8 @@ from gateway.limits.run_budget import OpenCall
 from gateway.reserving import candidates, worst_case
 from gateway.routing.routed import RoutedUpstream
 from gateway.usage.estimate import estimate_usage
-from gateway.usage.prices import reported_cost
+from gateway.usage.prices import MOST_TOKENS, reported_cost
+from gateway.usage.reported import with_thoughts
 from sdk_adapter.call_ids import CallIds
 from sdk_adapter.messages import NamedText
 from sdk_adapter.scope import Level
@@ -194,8 +194,7 @@ class _ChatCompletions:
         return completion
 
     def _settle(self, completion: ChatCompletion) -> None:
-        if completion.usage is not None:
-            self._record.used(_usage_of_chat(completion.usage))
+        _take_usage(self._record, completion)
         for choice in (completion.choices or ())[:1]:
             self._record.finished(choice.finish_reason)
             self._record.wrote(len(choice.message.content or ""))
@@ -209,8 +208,7 @@ class _ChatCompletions:
             async with aclosing(events):
                 async for data in events:
                     chunk = _parse(ChatCompletionChunk, data)
-                    if chunk.usage is not None:
-                        record.used(_usage_of_chat(chunk.usage))
+                    _take_usage(record, chunk)
                     for choice in chunk.choices or ():
                         record.wrote(len(choice.delta.content or ""))
                         for call in choice.delta.tool_calls or ():
@@ -249,8 +247,7 @@ class _Responses:
 
     def _settle(self, response: Response) -> None:
         """Record usage and the end; a truncated or filtered answer goes on as a completed one."""
-        if response.usage is not None:
-            self._record.used(_usage_of_response(response.usage))
+        _take_usage(self._record, response)
         if response.status == "failed" or response.error is not None:
             raise UpstreamError(_failure(response))
         if response.status == "incomplete":
@@ -416,34 +413,52 @@ def _failure(response: Response) -> str:
     return f"The upstream could not finish its answer: {message}"
 
 
-def _usage_of_chat(usage: CompletionUsage) -> Usage:
-    return _usage(usage, usage.prompt_tokens, usage.completion_tokens, "prompt", "completion")
+def _take_usage(record: CallRecord, answer: ChatCompletion | ChatCompletionChunk | Response) -> None:
+    """Record what an answer says of its usage; what is no usage is taken off it, for the SDK would fail at it."""
+    usage = answer.usage
+    if usage is None:
+        return
+    names = ("input", "output") if isinstance(answer, Response) else ("prompt", "completion")
+    used = _usage(usage, *names)
+    if used is None:
+        answer.usage = None
+    else:
+        record.used(used)
 
 
-def _usage_of_response(usage: ResponseUsage) -> Usage:
-    return _usage(usage, usage.input_tokens, usage.output_tokens, "input", "output")
-
-
-def _usage(usage: Any, read: int | None, written: int | None, reading: str, writing: str) -> Usage:
-    """Both APIs say the same under other names; lenient servers leave any of it out."""
+def _usage(usage: object, reading: str, writing: str) -> Usage | None:
+    """Both APIs say the same under other names; lenient servers leave any of it out. None: these are no numbers."""
+    inputs = getattr(usage, f"{reading}_tokens_details", None)
+    outputs = getattr(usage, f"{writing}_tokens_details", None)
+    read, written, total, *numbers = found = [
+        *(getattr(usage, name, None) for name in (f"{reading}_tokens", f"{writing}_tokens", "total_tokens")),
+        getattr(inputs, "cached_tokens", None),
+        getattr(inputs, "audio_tokens", None),
+        getattr(usage, "cache_creation_input_tokens", None) or getattr(inputs, "cache_write_tokens", None),
+        getattr(outputs, "reasoning_tokens", None),
+        getattr(outputs, "audio_tokens", None),
+    ]
+    if not all(isinstance(part, BaseModel | None) for part in (usage, inputs, outputs)):
+        return None
+    if not all(number is None or (type(number) is int and 0 <= number <= MOST_TOKENS) for number in found):
+        return None
+    cached, audio_read, cache_write, thought, audio_written = (number or 0 for number in numbers)
+    output = written or 0
+    if read is not None and written is not None and total is not None:
+        output, thought = with_thoughts(read, written, total, thought, cached + cache_write)
     cost = reported_cost(getattr(usage, "cost", None))
     return Usage(
         input_tokens=read or 0,
-        output_tokens=written or 0,
-        cached_input_tokens=_detail(usage, f"{reading}_tokens_details", "cached_tokens"),
-        reasoning_tokens=_detail(usage, f"{writing}_tokens_details", "reasoning_tokens"),
+        output_tokens=output,
+        cached_input_tokens=cached,
+        reasoning_tokens=thought,
         requests=1,
-        audio_input_tokens=_detail(usage, f"{reading}_tokens_details", "audio_tokens"),
-        audio_output_tokens=_detail(usage, f"{writing}_tokens_details", "audio_tokens"),
+        audio_input_tokens=audio_read,
+        audio_output_tokens=audio_written,
         cost=cost,
         cost_reported=cost is not None,
-        cache_write_tokens=getattr(usage, "cache_creation_input_tokens", None)
-        or _detail(usage, f"{reading}_tokens_details", "cache_write_tokens"),
+        cache_write_tokens=cache_write,
     )
-
-
-def _detail(usage: Any, group: str, name: str) -> int:
-    return getattr(getattr(usage, group, None), name, None) or 0
 
 
 async def _run_at_home(level: Level | None, call: Coroutine[Any, Any, T]) -> T:

@@ -89,10 +89,11 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         )
         write_agent(home / "agents", "Plain", "Help.", extra='__gateway__ = {"model": "plain"}\n')
         write_agent(home / "agents", "Speaker", "Help.", extra='__gateway__ = {"model": "answers/r"}\n')
+        write_agent(home / "agents", "Thinker", "Help.", extra='__gateway__ = {"model": "second/n"}\n')
         write_agent(home / "agents", "Free", "Help.", extra='__gateway__ = {"model": "free"}\n')
         env = {"GATEWAY_AGENT_AUTO_RELOAD": "1", "GATEWAY_PRICES_CONFIG": str(home / "prices.yaml")}
         with running_gateway(home, env=env, key=ADMIN) as gateway:
-            wait_for(lambda: len(gateway.listing()) == 4, what="the agents are there")
+            wait_for(lambda: len(gateway.listing()) == 5, what="the agents are there")
             yield House(gateway, first, second)
 
 
@@ -265,6 +266,51 @@ def test_an_estimate_is_marked(house: House, model: str, streamed: bool) -> None
     assert (log["usage_estimated"], log["input_tokens"], log["output_tokens"]) == (True, sent, 3)
     assert log["cost_usd"] == (sent + 3) / 1e6
     assert answer.headers.get("x-gateway-usage-estimated") == (None if streamed else "true")
+
+
+@pytest.mark.parametrize("model", ["second/n", "default/thinker"])
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("details", "thought", "written"),
+    [
+        ({"total_tokens": 150}, 40, 50),  # as Gemini says it
+        ({**DETAILED, "total_tokens": 114}, 4, 14),  # as xAI does
+        ({**DETAILED, "total_tokens": 150}, 4, 10),  # the rest may be anything
+        ({**DETAILED, "total_tokens": 20}, 4, 10),
+        ({"total_tokens": 110}, 0, 10),
+    ],
+)
+def test_thoughts_that_are_counted_apart_are_part_of_the_answer(
+    house: House, model: str, streamed: bool, details: dict[str, Any], thought: int, written: int
+) -> None:
+    house.second.enqueue(Answer(text="Thought.", usage={**USAGE, **details}))
+    log = house.finished(house.ask(model, streamed=streamed))
+    assert (log["input_tokens"], log["output_tokens"], log["reasoning_tokens"]) == (100, written, thought)
+    read = 100 * 2 if "prompt_tokens_details" not in details else 60 * 2 + 40 * 0.5
+    assert log["cost_usd"] == pytest.approx((read + (written - thought) * 10 + thought * 20) / 1e6)
+
+
+@pytest.mark.parametrize("model", ["first/plain", "default/plain"])
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"completion_tokens": 7.5},
+        {"completion_tokens": -4},
+        {"prompt_tokens": 10**30},
+        {"completion_tokens": 10**12 + 1},
+        {"prompt_tokens_details": {"cached_tokens": "x"}},
+        {"prompt_tokens_details": {"cached_tokens": -5}},
+        {"prompt_tokens_details": "none"},
+        {"completion_tokens_details": [1]},
+    ],
+)
+def test_what_cannot_be_usage_counts_as_none(house: House, model: str, streamed: bool, odd: dict[str, Any]) -> None:
+    house.first.enqueue(Answer(text="twelve chars", usage={**USAGE, **odd}))
+    log = house.finished(house.ask(model, streamed=streamed))
+    sent = len(house.first.requests[-1].body) // 4
+    assert (log["outcome"], log["usage_estimated"]) == ("success", True)
+    assert (log["input_tokens"], log["output_tokens"]) == (sent, 3)
 
 
 def test_prices_are_reloaded_and_a_bad_file_keeps_the_old(house: House) -> None:

@@ -25,6 +25,7 @@ from gateway.upstreams.relaying import OnHead, shown_headers
 from gateway.usage.estimate import estimate_usage
 from gateway.usage.meter import Meter
 from gateway.usage.prices import MOST_TOKENS, reported_cost
+from gateway.usage.reported import with_thoughts
 
 CHUNK_KEYS = frozenset(
     {
@@ -221,6 +222,7 @@ class _Details(Struct):
 class _Tokens(Struct):
     prompt_tokens: _Number | None = None
     completion_tokens: _Number | None = None
+    total_tokens: Any = None
     prompt_tokens_details: _Details | None = None
     completion_tokens_details: _Details | None = None
     cache_creation_input_tokens: _Number | None = None
@@ -380,15 +382,26 @@ def _usage(raw: Raw | None) -> Usage | None:
         return None
     prompt, completion = tokens.prompt_tokens_details, tokens.completion_tokens_details
     cost = None if tokens.cost is None else reported_cost(tokens.cost)
+    read, written, thought = (
+        tokens.prompt_tokens or 0,
+        tokens.completion_tokens or 0,
+        (completion.reasoning_tokens or 0) if completion else 0,
+    )
+    cached = (prompt.cached_tokens or 0) if prompt else 0
+    cache_write = tokens.cache_creation_input_tokens or (prompt and prompt.cache_write_tokens) or 0
+    total = tokens.total_tokens
+    is_whole = tokens.prompt_tokens is not None and tokens.completion_tokens is not None
+    if is_whole and total.__class__ is int and total <= MOST_TOKENS:
+        written, thought = with_thoughts(read, written, total, thought, cached + cache_write)
     return Usage(
-        input_tokens=tokens.prompt_tokens or 0,
-        output_tokens=tokens.completion_tokens or 0,
-        cached_input_tokens=(prompt.cached_tokens or 0) if prompt else 0,
-        reasoning_tokens=(completion.reasoning_tokens or 0) if completion else 0,
+        input_tokens=read,
+        output_tokens=written,
+        cached_input_tokens=cached,
+        reasoning_tokens=thought,
         requests=1,
         audio_input_tokens=(prompt.audio_tokens or 0) if prompt else 0,
         audio_output_tokens=(completion.audio_tokens or 0) if completion else 0,
         cost=cost,
         cost_reported=cost is not None,
-        cache_write_tokens=tokens.cache_creation_input_tokens or (prompt and prompt.cache_write_tokens) or 0,
+        cache_write_tokens=cache_write,
     )

@@ -1,4 +1,4 @@
-"""What an answer that is relayed as bytes says of its own usage: JSON, the last event of a stream, subtitles, text."""
+"""What an answer says of its own usage; one that is relayed as bytes: JSON, its last event, subtitles, text."""
 
 from __future__ import annotations
 
@@ -53,6 +53,18 @@ class _Whole(Struct):
     size: Any = None
     quality: Any = None
     data: Raw = Raw(b"null")
+
+
+def with_thoughts(read: int, written: int, total: int, thought: int, cached: int) -> tuple[int, int]:
+    """Return the tokens of an answer, and those of them that are thoughts, for an upstream that counts thoughts apart.
+
+    OpenAI's ``completion_tokens`` hold them. xAI's do not, and Gemini's neither, which shows them in the total alone.
+    The rest of a total is taken for thoughts only where nothing else can be it: no ``cached`` tokens, read or written.
+    """
+    rest = total - read - written
+    if rest > 0 and (rest == thought or not (thought or cached)):
+        return written + rest, rest
+    return written, thought
 
 
 class AnswerUsage:
