@@ -18,6 +18,7 @@ from urllib.parse import urlencode, urlsplit
 import msgspec
 from openai import NotGiven, Omit
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from openai.types.responses import Response, ResponseCompletedEvent, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -54,7 +55,10 @@ _NOT_BODY = frozenset({"extra_headers", "extra_query", "extra_body", "timeout"})
 
 
 class CallRecord:
-    """What one model call did; added to the run's usage exactly once, also when the call fails half way."""
+    """What one model call did; added to the run's usage exactly once, also when the call fails half way.
+
+    ``heard``: something of an answer has come.
+    """
 
     __slots__ = (
         "_answered",
@@ -67,6 +71,7 @@ class CallRecord:
         "_upstream",
         "_usage",
         "finish_reason",
+        "heard",
     )
 
     def __init__(self, upstream: Target, level: Level | None) -> None:
@@ -74,7 +79,7 @@ class CallRecord:
         self._model = ""
         self._request_bytes = self._text_chars = 0
         self._usage: Usage | None = None
-        self._answered = self._closed = False
+        self._answered = self._closed = self.heard = False
         self._call: OpenCall | None = None
         self.finish_reason: FinishReason | None = None
 
@@ -186,6 +191,7 @@ class _ChatCompletions:
         if streamed:
             return self._chunks(_at_home(self._level, self._upstream.chat_stream(body, **arguments)))
         data = await _run_at_home(self._level, self._upstream.chat(body, **arguments))
+        self._record.heard = True
         completion = _parse(ChatCompletion, data)
         try:
             self._settle(completion)
@@ -207,9 +213,12 @@ class _ChatCompletions:
         try:
             async with aclosing(events):
                 async for data in events:
+                    record.heard = True
                     chunk = _parse(ChatCompletionChunk, data)
                     _take_usage(record, chunk)
                     for choice in chunk.choices or ():
+                        if getattr(choice, "delta", None) is None:
+                            choice.delta = ChoiceDelta()  # Azure's, when its content filter alone has something to say
                         record.wrote(len(choice.delta.content or ""))
                         for call in choice.delta.tool_calls or ():
                             calls.follow(call)
@@ -238,6 +247,7 @@ class _Responses:
         if kwargs.get("stream") is True:
             return self._events(_at_home(self._level, self._upstream.stream(path, body, **arguments)))
         data = await _run_at_home(self._level, self._upstream.post(path, body, **arguments))
+        self._record.heard = True
         response = _parse(Response, data)
         try:
             self._settle(response)
@@ -263,6 +273,7 @@ class _Responses:
         try:
             async with aclosing(events):
                 async for data in events:
+                    self._record.heard = True
                     event = _parse_response_event(data)
                     if event is None:
                         continue

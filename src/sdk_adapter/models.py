@@ -7,8 +7,8 @@ forces usage, removes settings that were meant for another model, and stops a st
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,7 +25,7 @@ from agents.usage import Usage as SdkUsage
 from openai.types.responses.response_create_params import ResponseCreateParamsNonStreaming
 
 from gateway.chat import ChatRequest, FunctionMessage
-from gateway.errors import AgentFailed, ConfigError, UnsupportedParameter, UnsupportedValue
+from gateway.errors import AgentFailed, ConfigError, UnsupportedParameter, UnsupportedValue, UpstreamMalformed
 from gateway.events import FinishReason, Usage
 from gateway.model_settings import ModelSettings as OperatorSettings
 from gateway.routing.routed import RoutedUpstream
@@ -143,16 +143,17 @@ class GatewayModel(Model):
     ) -> ModelResponse:
         """Call the model and wait for the whole answer."""
         level = self._begin()
-        response = await self.inner.get_response(
-            system_instructions,
-            input,
-            self._settings(model_settings),
-            self._offered(tools),
-            output_schema,
-            handoffs,
-            tracing,
-            **state,
-        )
+        with self._malformed():
+            response = await self.inner.get_response(
+                system_instructions,
+                input,
+                self._settings(model_settings),
+                self._offered(tools),
+                output_schema,
+                handoffs,
+                tracing,
+                **state,
+            )
         if self._client is None and level is not None:
             level.scope.add_usage(usage_of_sdk(response.usage))
         self._end(level, response.output, output_schema, handoffs)
@@ -181,14 +182,16 @@ class GatewayModel(Model):
             tracing,
             **state,
         )
-        async with aclosing(cast("AsyncGenerator[TResponseStreamEvent, None]", stream)) as events:
-            async for event in events:
-                if event.type == "response.completed":
-                    if self._client is None and level is not None and event.response.usage is not None:
-                        usage = event.response.usage
-                        level.scope.add_usage(Usage(usage.input_tokens, usage.output_tokens, requests=1))
-                    self._end(level, event.response.output, output_schema, handoffs)
-                yield event
+        source = aclosing(cast("AsyncGenerator[TResponseStreamEvent, None]", stream))
+        with self._malformed():
+            async with source as events:
+                async for event in events:
+                    if event.type == "response.completed":
+                        if self._client is None and level is not None and event.response.usage is not None:
+                            usage = event.response.usage
+                            level.scope.add_usage(Usage(usage.input_tokens, usage.output_tokens, requests=1))
+                        self._end(level, event.response.output, output_schema, handoffs)
+                    yield event
 
     def get_retry_advice(self, request: ModelRetryAdviceRequest) -> ModelRetryAdvice | None:
         """Pass on the inner model's advice, for authors who configured retries."""
@@ -207,6 +210,19 @@ class GatewayModel(Model):
             level.scope.budget.count_model_call()
             level.finish_reason = None
         return level
+
+    @contextmanager
+    def _malformed(self) -> Iterator[None]:
+        """Say of an answer at which the SDK stumbles that the upstream is to blame, and not the agent."""
+        record = self._client.record if self._client is not None else None
+        if record is not None:
+            record.heard = False
+        try:
+            yield
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            if record is None or not record.heard:
+                raise
+            raise UpstreamMalformed("The upstream's answer is not what its protocol allows.") from error
 
     def _settings(self, settings: ModelSettings) -> ModelSettings:
         changes: dict[str, Any] = {

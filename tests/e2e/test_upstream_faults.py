@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
 from openai import OpenAI
 
-from tests.support.house import UPSTREAM_KEY
+from tests.support.house import ADMIN, UPSTREAM_KEY, furnish, write_agent
 from tests.support.obedient_upstream import ObedientUpstream
 from tests.support.schema import assert_error
-from tests.support.server import Gateway
+from tests.support.scripted_answers import FRAME, LAST, STREAM_HEAD, Answer, chunk, sse
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.server import Gateway, running_gateway
 
 AGENT, RAW = "default/weatheragent", "local/test-model"
 
@@ -193,3 +196,61 @@ def assert_says_nothing_of_the_inside(gateway: Gateway, text: str) -> None:
     """No key, stack, server path or header of the upstream, and no word of its own failures."""
     for secret in (UPSTREAM_KEY, "canary", "Traceback", "site-packages", ".py", str(gateway.home), "127.0.0.1"):
         assert secret not in text, f"{secret!r} leaks: {text}"
+
+
+CALL = {"id": "call_1", "type": "function", "function": {"name": "note", "arguments": "{}"}}
+ODD: dict[str, dict[str, Any]] = {
+    "content": {"content": 5},
+    "calls": {"content": "hi", "tool_calls": [None]},
+    "arguments": {
+        "content": None,
+        "tool_calls": [{**CALL, "index": 0, "function": {"name": "n", "arguments": {"a": 1}}}],
+    },
+    "call-id": {"content": None, "tool_calls": [{**CALL, "index": 0, "id": 7}]},
+    "reasoning": {"content": "hi", "reasoning_content": ["a"]},
+    "refusal": {"content": "hi", "refusal": 5},
+}
+"""Messages at which the SDK stumbles."""
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gateway, ScriptedUpstream]]:
+    home = tmp_path_factory.mktemp("odd")
+    with ScriptedUpstream() as server:
+        furnish(home, server.base_url)
+        write_agent(home / "agents", "Plain", "Help.", extra='__gateway__ = {"model": "local/test-model"}\n')
+        with running_gateway(home, key=ADMIN) as gateway:
+            yield gateway, server
+
+
+def stream_of(*chunks: Mapping[str, Any]) -> Answer:
+    return Answer(steps=lambda streamed: [STREAM_HEAD, *sse(*chunks, b"[DONE]"), LAST])
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("name", ODD)
+def test_an_agent_is_not_blamed_for_an_answer_of_an_unknown_shape(
+    odd: tuple[Gateway, ScriptedUpstream], name: str, streamed: bool
+) -> None:
+    gateway, server = odd
+    message = {"role": "assistant", **ODD[name]}
+    whole = {**FRAME, "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+    server.enqueue(stream_of(chunk(message), chunk({}, "stop")) if streamed else Answer(body=whole))
+    answer = ask(gateway, "default/plain", "hi", streamed=streamed)
+    assert "upstream_malformed" in answer.body.decode(), answer.body
+    if answer.status == 200:
+        assert streamed and "[DONE]" not in answer.body.decode()
+    else:
+        assert answer.status == 502
+        assert_error(answer.json())
+
+
+@pytest.mark.parametrize("model", ["default/plain", RAW])
+def test_a_choice_without_a_delta_says_nothing(odd: tuple[Gateway, ScriptedUpstream], model: str) -> None:
+    """As Azure sends it when its content filter runs beside the answer."""
+    gateway, server = odd
+    filtered = {**FRAME, "choices": [{"index": 0, "finish_reason": None, "content_filter_results": {}}]}
+    server.enqueue(stream_of(chunk({"role": "assistant", "content": "Hi."}), filtered, chunk({}, "stop"), filtered))
+    answer = ask(gateway, model, "hi", streamed=True)
+    assert answer.status == 200
+    assert "Hi." in answer.body.decode() and answer.body.endswith(b"data: [DONE]\n\n")
