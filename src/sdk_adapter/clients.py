@@ -19,7 +19,13 @@ import msgspec
 from openai import NotGiven, Omit
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
-from openai.types.responses import Response, ResponseCompletedEvent, ResponseStreamEvent
+from openai.types.responses import (
+    Response,
+    ResponseCompletedEvent,
+    ResponseFunctionToolCall,
+    ResponseOutputMessage,
+    ResponseStreamEvent,
+)
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from gateway.errors import UpstreamError, UpstreamIncomplete, UpstreamMalformed
@@ -258,6 +264,7 @@ class _Responses:
     def _settle(self, response: Response) -> None:
         """Record usage and the end; a truncated or filtered answer goes on as a completed one."""
         _take_usage(self._record, response)
+        _refuse_strange_items(response)
         if response.status == "failed" or response.error is not None:
             raise UpstreamError(_failure(response))
         if response.status == "incomplete":
@@ -422,6 +429,20 @@ def _completed(event: Any) -> ResponseCompletedEvent:
 def _failure(response: Response) -> str:
     message = response.error.message if response.error is not None else "no reason given"
     return f"The upstream could not finish its answer: {message}"
+
+
+def _refuse_strange_items(response: Response) -> None:
+    """Raise `UpstreamMalformed` for items that lenient parsing lets through, and that the SDK would fail at later."""
+    for item in response.output or ():
+        match item:
+            case ResponseOutputMessage():
+                is_good = getattr(item, "type", None) == "message" and isinstance(getattr(item, "content", None), list)
+            case ResponseFunctionToolCall():
+                is_good = isinstance(getattr(item, "arguments", None), str)
+            case _:
+                is_good = isinstance(item, BaseModel)
+        if not is_good:
+            raise UpstreamMalformed("The upstream's answer holds an item that is not what its protocol allows.")
 
 
 def _take_usage(record: CallRecord, answer: ChatCompletion | ChatCompletionChunk | Response) -> None:

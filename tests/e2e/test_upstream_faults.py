@@ -218,6 +218,10 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gateway, Scr
     home = tmp_path_factory.mktemp("odd")
     with ScriptedUpstream() as server:
         furnish(home, server.base_url)
+        config = (home / "upstreams.yaml").read_text(encoding="utf-8")
+        answers = f"  - {{name: answers, base_url: '{server.base_url}', api: responses, models: [r]}}\n"
+        (home / "upstreams.yaml").write_text(config.replace("aliases:", f"{answers}aliases:"), encoding="utf-8")
+        write_agent(home / "agents", "Speaker", "Help.", extra='__gateway__ = {"model": "answers/r"}\n')
         write_agent(home / "agents", "Plain", "Help.", extra='__gateway__ = {"model": "local/test-model"}\n')
         with running_gateway(home, key=ADMIN) as gateway:
             yield gateway, server
@@ -243,6 +247,39 @@ def test_an_agent_is_not_blamed_for_an_answer_of_an_unknown_shape(
     else:
         assert answer.status == 502
         assert_error(answer.json())
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"type": "of-next-year", "id": "x"},
+        {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed", "content": "hi"},
+        {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed"},
+        {"type": "function_call", "id": "fc_1", "call_id": "c", "name": "note", "arguments": {"a": 1}},
+        None,
+    ],
+    ids=str,
+)
+def test_nor_for_an_item_of_an_unknown_shape(
+    odd: tuple[Gateway, ScriptedUpstream], item: dict[str, Any] | None, streamed: bool
+) -> None:
+    gateway, server = odd
+    response = {
+        "id": "resp_1",
+        "object": "response",
+        "created_at": 1,
+        "model": "r",
+        "status": "completed",
+        "output": [item],
+        "tools": [],
+        "tool_choice": "auto",
+        "parallel_tool_calls": True,
+    }
+    ended = {"type": "response.completed", "sequence_number": 0, "response": response}
+    server.enqueue(stream_of(ended) if streamed else Answer(body=response))
+    answer = ask(gateway, "default/speaker", "hi", streamed=streamed)
+    assert (answer.status, answer.error["code"]) == (502, "upstream_malformed"), answer.body
 
 
 @pytest.mark.parametrize("model", ["default/plain", RAW])
