@@ -292,6 +292,32 @@ def test_without_the_store_speed_is_open_and_money_is_closed() -> None:
     run(main())
 
 
+def test_a_store_that_nobody_asks_is_not_said_to_be_back(caplog: pytest.LogCaptureFixture) -> None:
+    def said() -> list[str]:
+        events = [str(record.__dict__.get("event")) for record in caplog.records]
+        return [event for event in events if event.startswith("limit.store.")]
+
+    async def main() -> None:
+        store = Broken()
+        async with Limiter(store, Metrics()) as limiter:
+            store.is_down = True
+            fast = principal(Limits(requests_per_minute=1))
+            (await limiter.admit(fast, estimate=NOTHING)).end()
+            assert store.exchanges == 1
+            limiter._changes.clear()
+            await limiter._exchange(())
+            assert store.exchanges == 1 and said() == ["limit.store.unreachable"], "it had nothing to ask"
+            store.is_down = False
+            limiter._down_until = 0
+            (await limiter.admit(fast, estimate=NOTHING)).end()
+            assert said() == ["limit.store.unreachable", "limit.store.reachable"]
+
+    with caplog.at_level("INFO"):
+        run(main())
+    record = next(r for r in caplog.records if r.__dict__.get("event") == "limit.store.unreachable")
+    assert record.__dict__["fields"]["reason"] == "switched off"
+
+
 def test_whoever_leaves_while_the_store_is_asked_holds_nothing() -> None:
     async def main() -> None:
         async with Limiter(Shared(), Metrics()) as limiter:

@@ -346,8 +346,9 @@ class Limiter:
                 if not one.future.done():
                     one.future.set_exception(LimitStoreDown(str(error)))
             return
-        self._has_answered = True
-        self._came_back()
+        if answer is not _NO_ANSWER:  # nobody was asked, so nothing is known
+            self._has_answered = True
+            self._came_back()
         for one, found in zip(waiting, answer.groups, strict=True):
             self._granted(one.wants, found, sent_at)
             if one.future.done():
@@ -369,6 +370,7 @@ class Limiter:
                 level=logging.ERROR,
                 message="Speed limits are open and cost limits closed until the store of the limits answers again.",
                 store=self._store.name,
+                reason=_reason(error),
                 exc_info=error,
             )
 
@@ -376,6 +378,13 @@ class Limiter:
         if self._is_down:
             self._is_down = False
             log_event(_log, "limit.store.reachable", store=self._store.name)
+
+
+def _reason(error: BaseException) -> str:
+    """Say why the store cannot be had, in the words of its client: they name its address, and no password."""
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    return " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
 
 
 def _remember(plans: dict[K, _Plan], name: K, plan: _Plan) -> None:
