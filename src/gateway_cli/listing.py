@@ -12,8 +12,8 @@ from gateway.config import Settings
 from gateway_cli.client import get_json
 from gateway_cli.credentials import find_key
 from gateway_cli.errors import CliError
-from gateway_cli.offline import inspect_folder
-from gateway_cli.settings import read_settings
+from gateway_cli.offline import Inspected, inspect_folder
+from gateway_cli.settings import find_served, read_settings
 from gateway_cli.state import find_running
 from gateway_cli.terminal import printable
 
@@ -28,6 +28,7 @@ class Row:
     upstream: str | None
     tools: tuple[str, ...]
     file: str | None
+    line: int | None
     error: str | None
 
 
@@ -46,13 +47,17 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"source": source, "running": url is not None, "agents": [asdict(r) for r in rows]}, indent=2))
     else:
-        print(render(source, rows, running=url is not None))
+        served = None if url is not None else find_served(settings)
+        print(render(source, rows, running=url is not None, served=served.url if served else None))
     return 1 if any(row.status == "error" for row in rows) else 0
 
 
-def render(source: str, rows: Sequence[Row], *, running: bool) -> str:
-    """Return the list as text."""
-    lines = [f"Served at {source}:" if running else f"In {source} (no gateway runs; `gateway dev` starts one):"]
+def render(source: str, rows: Sequence[Row], *, running: bool, served: str | None = None) -> str:
+    """Return the list as text; ``served`` is where `gateway serve` answers, which was not asked."""
+    other = f"not asked: `gateway serve` at {served}; --url asks it" if served else None
+    lines = [
+        f"Served at {source}:" if running else f"In {source} ({other or 'no gateway runs; `gateway dev` starts one'}):"
+    ]
     if not rows:
         return f"{lines[0]}\n  no agents; `gateway new Hello` makes one."
     width = max(len(row.name) for row in rows)
@@ -60,7 +65,8 @@ def render(source: str, rows: Sequence[Row], *, running: bool) -> str:
         binding = f"{row.upstream}/{row.model}" if row.upstream and row.model else row.model or "–"
         lines.append(f"  {row.status:<6} {row.name:<{width}}  {binding}  {', '.join(row.tools)}".rstrip())
         if row.error:
-            lines += [f"         {printable(line)}" for line in row.error.splitlines()]
+            where = f"{row.file}:{row.line}: " if row.line else f"{row.file}: " if row.file else ""
+            lines += [f"         {printable(line)}" for line in f"{where}{row.error}".splitlines()]
     return "\n".join(lines)
 
 
@@ -91,20 +97,24 @@ def _row(item: dict[str, Any]) -> Row:
         upstream=item["upstream"],
         tools=tuple(item["tools"]),
         file=item["metadata"].get("file"),
+        line=item["metadata"].get("line"),
         error=item["error"],
     )
 
 
 def _look(settings: Settings) -> list[Row]:
-    return [
-        Row(
-            name=agent.name,
-            status=agent.status,
-            model=agent.model,
-            upstream=agent.upstream,
-            tools=agent.tools,
-            file=agent.file,
-            error=next((f"{d.message} {d.fix}" for d in agent.diagnostics if d.severity == "error"), None),
-        )
-        for agent in inspect_folder(settings)
-    ]
+    return [_inspected(agent) for agent in inspect_folder(settings)]
+
+
+def _inspected(agent: Inspected) -> Row:
+    found = next((item for item in agent.diagnostics if item.severity == "error"), None)
+    return Row(
+        name=agent.name,
+        status=agent.status,
+        model=agent.model,
+        upstream=agent.upstream,
+        tools=agent.tools,
+        file=found.file if found else agent.file,
+        line=found.line if found else None,
+        error=f"{found.message} {found.fix}" if found else None,
+    )

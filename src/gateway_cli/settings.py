@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from gateway.config import Settings
 from gateway_cli.errors import CliError
-from gateway_cli.state import find_running
+from gateway_cli.state import Running, find_running
 
 
 def read_settings(path: Path | None = None) -> Settings:
@@ -35,6 +35,13 @@ def read_store_settings(path: Path | None = None) -> Settings:
         return settings
     served = replace(settings, environment="production")
     return served if find_running(served) is not None else settings
+
+
+def find_served(settings: Settings) -> Running | None:
+    """Return the gateway of `gateway serve` on this machine, where the settings are those of development."""
+    if not settings.is_development or settings.state_dir is not None:
+        return None
+    return find_running(replace(settings, environment="production"))
 
 
 def database_words(settings: Settings) -> str:

@@ -12,7 +12,7 @@ from urllib.parse import quote
 from gateway_cli.client import get_json, send_json
 from gateway_cli.credentials import find_key
 from gateway_cli.errors import CliError
-from gateway_cli.settings import read_settings
+from gateway_cli.settings import find_served, read_settings
 from gateway_cli.state import find_running
 from gateway_cli.terminal import printable
 
@@ -34,6 +34,9 @@ class _Asking:
         running = find_running(settings)
         url = arguments.url or (running.url if running else None)
         if url is None:
+            served = find_served(settings)
+            if served is not None:
+                raise CliError(f"`gateway serve` answers at {served.url}; name it with --url.")
             raise CliError("No gateway runs here; start one with `gateway dev`, or name one with --url.")
         self.url: str = url
         try:
@@ -72,16 +75,26 @@ class _Asking:
 def _list(asking: _Asking, arguments: argparse.Namespace) -> int:
     answer = asking.get("/tools")
     tools: list[dict[str, Any]] = answer["data"]
-    down = [item for item in answer.get("entries", ()) if item["health"]["status"] == "down"]
+    entries: list[dict[str, Any]] = answer.get("entries", [])
+    down = [item for item in entries if item["health"]["status"] == "down"]
+    connecting = [item for item in entries if _is_connecting(item)]
+    offering = {tool["entry"] for tool in tools}
     waiting = {f"{item['server']}/{item['tool']}": item for item in _waiting(asking, tools)}
     states = [_state(tool, waiting) for tool in tools]
     if arguments.json:
         print(
             json.dumps(
-                {"source": asking.url, "tools": tools, "down": down, "waiting": list(waiting.values())}, indent=2
+                {
+                    "source": asking.url,
+                    "tools": tools,
+                    "down": down,
+                    "connecting": connecting,
+                    "waiting": list(waiting.values()),
+                },
+                indent=2,
             )
         )
-    elif not tools and not down:
+    elif not entries:
         print(f"Served at {asking.url}: no tools; they stand in tools.yaml.")
     else:
         print(f"Served at {asking.url}:")
@@ -89,19 +102,35 @@ def _list(asking: _Asking, arguments: argparse.Namespace) -> int:
             (state, tool["name"], tool["provider"], tool["digest"][:12], tool["url"] or tool["module"] or "")
             for state, tool in zip(states, tools, strict=True)
         ]
-        print(*_lines(rows, tools), sep="\n")
-        for item in down:
-            print(f"  The entry '{item['entry']}' is down: {printable(item['health']['detail'] or '-')}")
+        for line in _lines(rows, tools):
+            print(line)
+        for item in entries:
+            if item in down or item in connecting or item["entry"] not in offering:
+                print(f"  {_trouble(item)}")
         if waiting:
             servers = sorted({item["server"] for item in waiting.values()})
             print(
                 "\nWhat waits is shown, and accepted, by:", *(f"  gateway tools approve {s}" for s in servers), sep="\n"
             )
-    return int(bool(down) or any(state != _STATES["ready"] for state in states))
+    return int(bool(down or connecting) or any(state != _STATES["ready"] for state in states))
+
+
+def _is_connecting(entry: Mapping[str, Any]) -> bool:
+    return bool(entry["provider"] == "mcp" and entry["health"]["status"] == "unknown")
+
+
+def _trouble(entry: Mapping[str, Any]) -> str:
+    name, detail = entry["entry"], entry["health"]["detail"]
+    why = f": {printable(detail)}" if detail else ""
+    if entry["health"]["status"] == "down":
+        return f"The entry '{name}' is down{why}"
+    if _is_connecting(entry):
+        return f"The MCP server '{name}' is not connected yet{why}; ask again in a moment."
+    return f"The entry '{name}' offers no tools{why}"
 
 
 def _lines(rows: Sequence[tuple[str, ...]], tools: list[dict[str, Any]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)] or [0]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row, tool in zip(rows, tools, strict=True):
         cells = (printable(cell).ljust(width) for cell, width in zip(row, widths, strict=True))
         yield f"  {'  '.join(cells)}".rstrip()
@@ -118,6 +147,10 @@ def _approve(asking: _Asking, arguments: argparse.Namespace) -> int:
         raise CliError(f"No tool '{unknown[0]}' of '{server}' waits for approval; it waits: {', '.join(found) or '-'}.")
     chosen = {name: found[name] for name in names} if names else found
     if not chosen:
+        entry = next((item for item in asking.get("/tools").get("entries", ()) if item["entry"] == server), None)
+        if entry is not None and (_is_connecting(entry) or entry["health"]["status"] == "down"):
+            print(_trouble(entry))
+            return 1
         print(f"No tool of '{server}' waits for approval.")
         return 0
     if not (arguments.json and arguments.yes):

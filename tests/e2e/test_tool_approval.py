@@ -121,6 +121,23 @@ def test_a_server_that_offers_nothing_is_shown_with_the_reason(tmp_path: Path) -
         assert status == 1 and "The entry 'gone' is down:" in text
 
 
+def test_a_server_that_is_still_being_connected_is_named(tmp_path: Path) -> None:
+    silent = json.dumps([sys.executable, "-S", "-E", "-c", "import sys; sys.stdin.read()"])
+    (tmp_path / "tools.yaml").write_text(
+        f"tools: [{{name: slow, provider: mcp, command: {silent}, connect_timeout: 300}}]\n"
+    )
+    (tmp_path / "security.yaml").write_text("version: 1\n")
+    env = {"GATEWAY_TOOL_CONFIG": str(tmp_path / "tools.yaml"), "GATEWAY_API_KEY": KEY}
+    with running_gateway(tmp_path, env=env, key=KEY) as gateway:
+        status, text = command(gateway, "list")
+        assert status == 1 and "The MCP server 'slow' is not connected yet; ask again in a moment." in text
+        assert "no tools" not in text
+        status, text = command(gateway, "list", "--json")
+        assert status == 1 and [item["entry"] for item in json.loads(text)["connecting"]] == ["slow"]
+        status, text = command(gateway, "approve", "slow")
+        assert status == 1 and "'slow' is not connected yet" in text
+
+
 def test_what_cannot_be_done_is_said_in_a_sentence(gateway: Gateway) -> None:
     assert "no MCP server 'other'" in command(gateway, "approve", "other")[1]
     assert "No tool 'x' of 'raw' waits" in command(gateway, "approve", "raw", "x")[1]
