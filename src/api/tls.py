@@ -40,11 +40,18 @@ def reload_tls(context: ssl.SSLContext | None, settings: Settings) -> None:
 
 def _load_certificate(context: ssl.SSLContext, settings: Settings) -> None:
     assert settings.tls_cert is not None
+    for name, file in (("GATEWAY_TLS_CERT", settings.tls_cert), ("GATEWAY_TLS_KEY", settings.tls_key)):
+        try:
+            if file is not None:
+                file.open("rb").close()
+        except OSError as error:
+            raise ConfigError(f"{name}: {file} cannot be read ({error.strerror}).") from error
     try:
         context.load_cert_chain(settings.tls_cert, settings.tls_key, password=lambda: "")
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or "not readable"
+        reason = getattr(error, "reason", None) or "no certificate with its private key is there"
+        files = " and ".join(str(file) for file in (settings.tls_cert, settings.tls_key) if file is not None)
         raise ConfigError(
-            f"The certificate of GATEWAY_TLS_CERT and GATEWAY_TLS_KEY cannot be used: {reason}. Both are PEM files, "
-            "the key without a password and belonging to the first certificate of the chain."
+            f"The certificate of {files} (GATEWAY_TLS_CERT, GATEWAY_TLS_KEY) cannot be used: {reason}. Both are PEM "
+            "files, the key without a password and belonging to the first certificate of the chain."
         ) from error

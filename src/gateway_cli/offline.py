@@ -91,6 +91,8 @@ def main() -> None:
         answer = asyncio.run(_inspect(settings))
     except GatewayError as error:
         answer = _Answer(refusal=error.message)
+    except KeyboardInterrupt:
+        return  # Ctrl-C reaches this process, too; the command ends by it
     with suppress(BrokenPipeError):
         order.target.write_bytes(msgspec.json.encode(answer))
 

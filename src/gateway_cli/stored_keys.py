@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import getpass
 import json
 import sys
@@ -14,13 +13,21 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, date, datetime
 
 from gateway.config import Settings
-from gateway.errors import InvalidRequest
-from gateway.observability.logs import configure_logging
+from gateway.errors import ConfigError, InvalidRequest
 from gateway.security.config import load_security
 from gateway.security.keybook import KeyBook, MadeKey
 from gateway.security.moments import end_of, in_utc, shown
-from gateway.security.stored import KeyOptions, StoredKey, check_new_key, check_pepper, new_secret, read_options
-from gateway.store.store import Store, database_url
+from gateway.security.stored import (
+    PEPPERED,
+    KeyOptions,
+    StoredKey,
+    check_new_key,
+    check_pepper,
+    new_secret,
+    read_options,
+)
+from gateway.store.store import Store
+from gateway_cli.database import with_database
 from gateway_cli.errors import CliError
 from gateway_cli.key_stanza import stanza
 from gateway_cli.settings import database_words, read_store_settings
@@ -37,7 +44,6 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.yaml:
             _print_stanza(arguments)
             return 0
-    configure_logging("error", as_text=settings.log_format == "text")
     actions: dict[str, Callable[[KeyBook, argparse.Namespace], Awaitable[None]]] = {
         "create": _create,
         "list": _list,
@@ -45,13 +51,16 @@ def run(arguments: argparse.Namespace) -> int:
         "revoke": _revoke,
     }
 
-    async def work() -> None:
-        async with Store(database_url(settings), _MODULES) as store:
-            book = KeyBook(store, settings.key_pepper)
-            await book.refresh()
-            await actions[arguments.action](book, arguments)
+    async def work(store: Store) -> bool:
+        book = KeyBook(store, settings.key_pepper)
+        await book.refresh()
+        is_peppered = any(key.digest.startswith(PEPPERED) for key in book.keys or () if key.revoked_at is None)
+        await actions[arguments.action](book, arguments)
+        return is_peppered
 
-    asyncio.run(work())
+    is_peppered = with_database(settings, _MODULES, work)
+    if is_peppered and settings.key_pepper is None and arguments.action in ("create", "rotate"):
+        print("GATEWAY_KEY_PEPPER is not set here, and other keys have it: this one works without.", file=sys.stderr)
     print(f"Database: {database_words(settings)}", file=sys.stderr)
     return 0
 
@@ -62,7 +71,14 @@ def _check_new(arguments: argparse.Namespace, settings: Settings) -> None:
         _options(arguments)
     except InvalidRequest as error:
         raise CliError(error.message, status=2) from error
-    if any(key.id == arguments.name for key in load_security(settings).api_keys):
+    try:
+        listed = load_security(settings).api_keys
+    except ConfigError as error:
+        if not arguments.yaml:
+            raise
+        listed = []  # the entry may be what mends the file
+        print(f"Mend the file as well: {error.message}", file=sys.stderr)
+    if any(key.id == arguments.name for key in listed):
         raise CliError(f"security.yaml has a key with the id '{arguments.name}'; take another.", status=2)
 
 

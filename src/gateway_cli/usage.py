@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Any
 
-from gateway.observability.logs import configure_logging
-from gateway.store.store import Store, database_url
+from gateway.store.store import Store
 from gateway.usage.question import GROUP_NAMES, Question, Totals
+from gateway_cli.database import with_database
 from gateway_cli.errors import CliError
 from gateway_cli.settings import read_store_settings
 from gateway_cli.terminal import printable
@@ -34,19 +33,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the sums; what a running gateway has not written yet, a second's worth, is not in them."""
     settings = read_store_settings(arguments.path)
     question = _question(arguments)
-    configure_logging("error", as_text=settings.log_format == "text")
 
-    async def work() -> Totals:
-        async with Store(database_url(settings), _MODULES) as store:
-            if store.path is not None and not store.path.exists():
-                return Totals([], has_more=False)
-            await store.open()
-            from gateway.usage import rows  # noqa: PLC0415 - SQLAlchemy, when there is a database
+    async def work(store: Store) -> Totals:
+        if store.path is not None and not store.path.exists():
+            return Totals([], has_more=False)
+        await store.open()
+        from gateway.usage import rows  # noqa: PLC0415 - SQLAlchemy, when there is a database
 
-            async with store.reading() as connection:
-                return await connection.run(rows.ask, question)
+        async with store.reading() as connection:
+            return await connection.run(rows.ask, question)
 
-    totals = asyncio.run(work())
+    totals = with_database(settings, _MODULES, work)
     records = [total.record() for total in totals.groups]
     if arguments.json:
         print(json.dumps({"group_by": question.group_by, "data": records, "has_more": totals.has_more}, indent=2))

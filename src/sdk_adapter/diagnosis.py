@@ -169,7 +169,7 @@ def _explain_syntax(error: SyntaxError, dropin: DropIn) -> Diagnostic:
     return diagnose(
         dropin,
         "syntax_error",
-        f"Python cannot read this line: {message}.",
+        f"Python cannot read this line: {message}{'' if message.endswith('?') else '.'}",
         f"Correct the line{f': {text[:120]}' if text else ''}",
         kind="import",
         file=file,

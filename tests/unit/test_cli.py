@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -258,6 +259,148 @@ def test_doctor_names_a_wrong_configuration(home: Path, capsys: pytest.CaptureFi
     (config / "upstreams.yaml").write_text("upstreams:\n  - nam: x\n", encoding="utf-8")
     assert main(["doctor"]) == 1
     assert "FAIL  upstreams: upstreams.yaml:2: unknown key 'nam'; did you mean 'name'?" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("routing.yaml", "models: {smart: {targets: [{model: no/x}]}}", "FAIL  routing: routing.yaml: models: 'smart'"),
+        ("prices.yaml", "models: x", "FAIL  prices: prices.yaml:1: models:"),
+        ("cache.yaml", "modles: []", "FAIL  cache: cache.yaml:1: unknown key 'modles'; did you mean 'models'?"),
+        ("agents.yaml", "agents: [{nam: x}]", "FAIL  agents.yaml: agents.yaml:1: unknown key 'nam'"),
+    ],
+)
+def test_doctor_reads_every_file_that_a_start_reads(
+    file: str, text: str, said: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = home / "src" / "config"
+    config.mkdir(parents=True)
+    (home / "src/agents").mkdir()
+    (config / file).write_text(text, encoding="utf-8")
+    assert main(["doctor"]) == 1
+    (failed,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
+    assert failed.startswith(said)
+
+
+def test_doctor_says_each_trouble_once(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = home / "src" / "config"
+    config.mkdir(parents=True)
+    (home / "src/agents").mkdir()
+    (config / "upstreams.yaml").write_text("upstreams: x", encoding="utf-8")
+    assert main(["doctor"]) == 1
+    (failed,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
+    assert failed.startswith("FAIL  upstreams:")
+
+
+def test_doctor_names_a_variable_that_is_no_setting(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GATEWAY_PROT", "8001")
+    main(["doctor"])
+    assert "GATEWAY_PROT is no setting (did you mean GATEWAY_PORT?)" in capsys.readouterr().out
+
+
+def test_doctor_says_where_nothing_can_be_kept(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "state").write_text("")
+    monkeypatch.setenv("GATEWAY_STATE_DIR", str(home / "state"))
+    assert main(["doctor"]) == 1
+    assert "state cannot be written to; set GATEWAY_STATE_DIR" in capsys.readouterr().out
+
+
+def test_doctor_counts_the_keys_of_the_database(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "src/agents").mkdir(parents=True)
+    monkeypatch.setenv("GATEWAY_ENV", "production")
+    monkeypatch.setenv("GATEWAY_STATE_DIR", str(home / "state"))
+    assert main(["doctor"]) == 1 and "FAIL  keys: No usable API key" in capsys.readouterr().out
+    with monkeypatch.context() as peppered:
+        peppered.setenv("GATEWAY_KEY_PEPPER", "p" * 40)
+        assert main(["keys", "create", "alice"]) == 0
+        capsys.readouterr()
+        assert main(["doctor"]) == 0
+        assert "; 1 stored key\n" in capsys.readouterr().out
+    assert main(["doctor"]) == 1
+    assert "FAIL  keys: GATEWAY_KEY_PEPPER is not set" in capsys.readouterr().out
+    assert main(["keys", "create", "bob"]) == 0
+    assert "this one works without" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["doctor"], ["usage"], ["keys", "list"]])
+def test_a_database_that_does_not_answer_is_said_in_one_sentence(
+    command: list[str], home: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "src/agents").mkdir(parents=True)
+    monkeypatch.setenv("GATEWAY_DATABASE_URL", f"postgresql://me:hidden@127.0.0.1:{_free_port()}/gateway")
+    assert main(command) == 1
+    out, err = capfd.readouterr()
+    lines = [line for line in (out + err).splitlines() if not line.startswith("ok ")]
+    assert len(lines) == 1 and "The database does not answer (" in lines[0] and "Connection refused" in lines[0]
+    assert "hidden" not in out + err
+
+
+def test_an_entry_is_printed_though_the_file_is_wrong(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = home / "src" / "config"
+    config.mkdir(parents=True)
+    (home / "src/agents").mkdir()
+    (config / "security.yaml").write_text("api_keys: [{id: alice, hashed_key: …}]\n", encoding="utf-8")
+    assert main(["keys", "create", "bob", "--yaml"]) == 0
+    out, err = capsys.readouterr()
+    assert "hashed_key:" in out and "Mend the file as well: security.yaml: hashed_key of 'alice'" in err
+    assert main(["keys", "create", "bob"]) == 1
+
+
+def test_a_gateway_in_production_is_pointed_at(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "src/agents").mkdir(parents=True)
+    monkeypatch.setenv("XDG_DATA_HOME", str(home))
+    monkeypatch.setattr(sys, "platform", "linux")
+    with announce(replace(Settings(), environment="production"), "http://127.0.0.1:8123"):
+        assert main(["list"]) == 0
+        assert "(not asked: `gateway serve` at http://127.0.0.1:8123; --url asks it)" in capsys.readouterr().out
+        assert main(["tools", "list"]) == 1
+        assert "`gateway serve` answers at http://127.0.0.1:8123; name it with --url." in capsys.readouterr().err
+
+
+def test_list_says_where_an_agent_is_broken(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["new", "Weather"]) == 0
+    (home / "src/agents/Weather/agent.py").write_text("agent = (\n")
+    (home / "src/config").mkdir()
+    (home / "src/config/agents.yaml").write_text("agents: [{nam: x}]\n")
+    assert main(["list"]) == 1
+    said = capsys.readouterr().out
+    assert "Weather/agent.py:1: Python cannot read this line" in said
+    assert "         agents.yaml:1: unknown key 'nam'; did you mean 'name'? Correct" in said
+
+
+@pytest.mark.parametrize(
+    ("cert", "key", "said"),
+    [
+        ("no.pem", "no.key", "GATEWAY_TLS_CERT: no.pem cannot be read (No such file or directory)."),
+        ("empty.pem", "no.key", "GATEWAY_TLS_KEY: no.key cannot be read (No such file or directory)."),
+        ("empty.pem", "empty.pem", "The certificate of empty.pem and empty.pem (GATEWAY_TLS_CERT, GATEWAY_TLS_KEY)"),
+    ],
+)
+def test_the_file_of_a_certificate_that_cannot_be_used_is_named(
+    cert: str, key: str, said: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "empty.pem").touch()
+    assert main(["serve", "--tls-cert", cert, "--tls-key", key]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_an_address_of_another_machine_is_said(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for host in ("192.0.2.1", "nowhere.invalid"):
+        assert main(["dev", "--host", host]) == 1
+        assert f"Cannot listen on {host}:8000: it is no address of this machine" in capsys.readouterr().err
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
 
 
 def test_doctor_says_what_a_jail_needs(

@@ -477,14 +477,14 @@ def _file_row(problems: tuple[Diagnostic, ...], namespace: str) -> AgentEntry:
 
 def _file_diagnostic(error: ConfigError | OSError) -> Diagnostic:
     message = error.message if isinstance(error, ConfigError) else f"agents.yaml: {error.strerror}"
-    where = re.match(r"([^:]+\.ya?ml):(\d+)", message)
+    where = re.match(r"([^:]+\.ya?ml)(?::(\d+))?: ", message)
     return Diagnostic(
         kind="validation",
         code="invalid_config",
-        message=message,
+        message=message[where.end() :] if where else message,
         fix="Correct the file; until then its last good version stays in force.",
         file=where.group(1) if where else "agents.yaml",
-        line=int(where.group(2)) if where else None,
+        line=int(where.group(2)) if where and where.group(2) else None,
         occurred_at=time.time(),
     )
 

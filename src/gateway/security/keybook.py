@@ -70,7 +70,7 @@ class KeyBook:
                 _log,
                 "api_key.pepper.missing",
                 level=logging.ERROR,
-                message="Keys were stored with a pepper and GATEWAY_KEY_PEPPER is not set: they are not honoured.",
+                message="Keys were stored with a pepper and GATEWAY_KEY_PEPPER is not set: they do not work here.",
             )
         self._revision, self.keys = revision, keys
         self.on_change()

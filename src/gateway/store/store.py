@@ -184,7 +184,7 @@ class Store:
                     "store.open.failed",
                     level=logging.ERROR,
                     message=error.message,
-                    reason=_reason(error),
+                    reason=why_unavailable(error),
                     exc_info=error.__cause__,
                 )
             self._failed = (time.monotonic(), error)
@@ -216,10 +216,10 @@ class Store:
             log_event(_log, "store.reachable")
         else:
             cause = error and (error.__cause__ or error)
-            log_event(_log, "store.unreachable", level=logging.ERROR, reason=_reason(error), exc_info=cause)
+            log_event(_log, "store.unreachable", level=logging.ERROR, reason=why_unavailable(error), exc_info=cause)
 
 
-def _reason(error: BaseException | None) -> str | None:
+def why_unavailable(error: BaseException | None) -> str | None:
     """Return the driver's words for why the database cannot be had: they name address and user, and no row."""
     original = getattr(error.__cause__, "orig", None) if error is not None else None
     return None if original is None else " ".join(str(original).split())[:_LONGEST_REASON]
