@@ -8,7 +8,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -541,7 +541,9 @@ def load_yaml(path: Path, type_: type[T]) -> T:
         message, _, at = str(error).partition(" - at `$")
         keys = _split_path(at.rstrip("`"))
         name = at.rstrip("`").lstrip(".") or "the file"
-        raise ConfigError(f"{path.name}:{_line(tree, keys)}: {name}: {message.replace('`', chr(39))}.") from error
+        known = _values(type_, keys, data) if message.startswith("Invalid ") else ()
+        words = message.replace("`", "'") + (f"; use {' or '.join(map(str, known))}" if known else "")
+        raise ConfigError(f"{path.name}:{_line(tree, keys)}: {name}: {words}.") from error
     if (reading := _reading()) is not None:
         reading.read(path, text)
     return found
@@ -671,6 +673,34 @@ def _refuse_unknown_keys(data: Any, hint: Any, file: str, tree: Any, at: tuple[s
                 hint_text = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(sorted(known))}."
                 raise ConfigError(f"{file}:{_line(tree, (*at, key))}: unknown key '{key}'; {hint_text}")
             _refuse_unknown_keys(item, known[key], file, tree, (*at, key))
+
+
+def _values(hint: Any, keys: Sequence[str | int], data: Any) -> tuple[Any, ...]:
+    """Return the words that may stand at a place, where they are few: those of a Literal, or the tags of a union."""
+    for key in keys:
+        while typing.get_origin(hint) is dict:  # whose keys a complaint does not name
+            hint, data = typing.get_args(hint)[1], None
+        if _is_union(hint):
+            structs = [k for k in typing.get_args(hint) if _holds_struct(k)]
+            tags = {
+                k.__struct_config__.tag: k.__struct_config__.tag_field
+                for k in structs
+                if hasattr(k, "__struct_config__")
+            }
+            if key in tags.values():
+                return tuple(tags)
+            hint = structs[0] if len(structs) == 1 else _tagged(structs, data)
+        origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+        if origin in (list, tuple) and arguments:
+            hint = arguments[0]
+        elif isinstance(hint, type) and issubclass(hint, msgspec.Struct):
+            hint = {f.encode_name: f.type for f in msgspec.structs.fields(hint)}.get(str(key))
+        try:
+            data = data[key]
+        except (LookupError, TypeError):
+            data = None
+    found = typing.get_args(hint) if _is_union(hint) else (hint,)
+    return tuple(word for kind in found if typing.get_origin(kind) is Literal for word in typing.get_args(kind))
 
 
 def _tagged(structs: list[Any], data: Any) -> Any:

@@ -21,8 +21,8 @@ def run(arguments: argparse.Namespace) -> int:
     settings = Settings.from_env()
     url = arguments.url or local_address(settings)
     path = "/api/v1/providers/status" if arguments.providers else "/readyz" if arguments.ready else "/health"
-    key = (arguments.key or find_key(settings, url)) if arguments.providers else None
     try:
+        key = (arguments.key or find_key(settings, url)) if arguments.providers else None
         status, body = _ask(url, path, key)
     except (OSError, http.client.HTTPException) as error:
         raise CliError(f"{url} does not answer ({error}).") from error

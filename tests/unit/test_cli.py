@@ -461,6 +461,16 @@ def test_what_is_no_address_is_one_sentence(
     assert capsys.readouterr().err == f"gateway: {url} is not an address; write http://HOST:PORT.\n"
 
 
+@pytest.mark.parametrize("command", ["list", "health", "health --ready", "health --providers", "tools list"])
+def test_a_gateway_that_does_not_answer_is_one_sentence(
+    command: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"http://127.0.0.1:{_free_port()}"
+    assert main([*command.split(), "--url", url]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("gateway: ") and url in line and "Connection refused" in line
+
+
 def test_the_state_file_lives_as_long_as_the_gateway(home: Path) -> None:
     settings = Settings(agent_path=home / "agents")
     assert find_running(settings) is None

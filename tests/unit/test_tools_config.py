@@ -25,7 +25,12 @@ def check(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ("{name: a, provider: locl}", "Invalid value 'locl'"),
+        (
+            "{name: a, provider: locl}",
+            "Invalid value 'locl'; use local or http or openapi or mcp or shell or file_ops or research.",
+        ),
+        ("{name: a, provider: http, url: u, method: GTE}", "'GTE'; use GET or HEAD or POST or PUT or PATCH or DELETE."),
+        ("{name: a, provider: mcp, url: u, overrides: {b: {on_denied: nay}}}", "'nay'; use tell_model or end_run."),
         ("{name: a, provider: http, url: 'https://x.example', metod: GET}", "did you mean 'method'?"),
         ("{name: a, provider: mcp, comand: [x]}", "did you mean 'command'?"),
         ("{name: a, provider: http, url: 'https://x.example', overrides: {}}", "unknown key 'overrides'"),

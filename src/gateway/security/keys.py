@@ -140,7 +140,7 @@ class Keyring:
         credentials: dict[str, _Credential] = {}
         taken: set[str] = set()
         for credential in found:
-            _add(credentials, taken, credential, settings)
+            _add(credentials, taken, credential, settings, warns=must_be_usable)
         _add_stored(credentials, stored or (), config.default, per_minute)
         if must_be_usable:
             if stored is not None and not config.jwt:
@@ -300,17 +300,20 @@ def _namespace_patterns(key: ApiKey, defaults: SecurityDefaults) -> tuple[str, .
     return tuple(dict.fromkeys(patterns))
 
 
-def _add(credentials: dict[str, _Credential], taken: set[str], credential: _Credential, settings: Settings) -> None:
+def _add(
+    credentials: dict[str, _Credential], taken: set[str], credential: _Credential, settings: Settings, *, warns: bool
+) -> None:
     key_id = credential.principal.key_id
     if credential.digest == _DEV_DIGEST:
         if not settings.is_development:
-            log_event(
-                _log,
-                "api_key.dev.refused",
-                level=logging.WARNING,
-                message="The shipped development key is not honoured in production.",
-                key_id=key_id,
-            )
+            if warns:
+                log_event(
+                    _log,
+                    "api_key.dev.refused",
+                    level=logging.WARNING,
+                    message="The shipped development key is not honoured in production.",
+                    key_id=key_id,
+                )
             return
         credential = _Credential(credential.principal, credential.digest, credential.expires_at, local_only=True)
     twin = credentials.get(credential.digest)
