@@ -3,8 +3,8 @@
     python scripts/install_agent_deps.py [--root src/agents] [--agent NAME ...] [--dry-run]
 
 Nothing is installed by the gateway itself: an agent whose requirements are not met is listed with a diagnostic that
-names this script. The packages go into the interpreter that runs the script. Packages that the gateway's own lock pins
-are held at the pinned version, so that an agent cannot break the gateway it runs in.
+says what is missing. The packages go into the interpreter that runs the script. Packages that the gateway's own lock
+pins are held at the pinned version, so that an agent cannot break the gateway it runs in.
 """
 
 from __future__ import annotations

@@ -63,4 +63,6 @@ async def _greet(server: GatewayServer, settings: Settings, url: str) -> None:
     """Print the banner once the first load is through."""
     await server.ready.wait()
     await server.gateway.loaded.wait()
+    if server.should_exit:  # stopped while it loaded: nothing answers any more
+        return
     print(render_banner(settings, url, server.gateway.holder.current), flush=True)

@@ -77,6 +77,17 @@ def test_gateway_dev_serves_a_folder_from_anywhere_and_says_how_to_call_it(tmp_p
     assert not list(elsewhere.iterdir()), "nothing is written where the command was started"
 
 
+def test_gateway_dev_that_is_stopped_while_it_loads_says_nothing_of_its_agents(tmp_path: Path) -> None:
+    agent = tmp_path / "agents" / "Slow" / "agent.py"
+    agent.parent.mkdir(parents=True)
+    agent.write_text("import time\ntime.sleep(600)\n")
+    command = ("-m", "gateway_cli", "dev", "--port")
+    env = {"GATEWAY_AGENT_IMPORT_TIMEOUT_S": "600"}
+    with running_gateway(tmp_path, env=env, command=command, key="dev-secret", ready="/health") as gateway:
+        pass
+    assert "No agents" not in gateway.log_text() and "answers at" not in gateway.log_text()
+
+
 def test_an_openai_key_in_the_environment_never_reaches_an_agent(tmp_path: Path) -> None:
     home = tmp_path / "home"
     (home / "agents" / "Nosy").mkdir(parents=True)

@@ -176,7 +176,9 @@ def test_requirements_are_checked_before_the_import(shelf: Shelf, root: Path) ->
     shelf.refresh()
     problem = shelf.problem("some")
     assert (problem.kind, problem.code, problem.file) == ("dependency", "requirement_missing", "Some/requirements.txt")
-    assert "surely-not-installed>=3" in problem.message and "pip install -r Some/requirements.txt" in problem.fix
+    assert "surely-not-installed>=3" in problem.message and problem.fix.startswith(
+        "In the folder of agents, run: python -m pip install -r Some/requirements.txt"
+    )
     write(root, "Some/requirements.txt", "msgspec\n")
     write_agent(root, "Some")
     shelf.refresh()

@@ -54,7 +54,7 @@ def check_requirements(path: Path, label: str) -> tuple[Diagnostic, ...]:
                 kind="dependency",
                 code="requirement_missing",
                 message=f"Required and not installed: {'; '.join(unmet)}.",
-                fix=f"Run: python -m pip install -r {label}; then refresh the agents.",
+                fix=f"In the folder of agents, run: python -m pip install -r {label}; then refresh the agents.",
                 file=label,
                 line=first_line,
             )
