@@ -118,7 +118,7 @@ def test_a_server_that_offers_nothing_is_shown_with_the_reason(tmp_path: Path) -
             what="the server is known to be down",
         )
         status, text = command(gateway, "list")
-        assert status == 1 and "The entry 'gone' is down:" in text
+        assert status == 1 and "The entry 'gone' is down: its command, or the folder to run it in, is not found" in text
 
 
 def test_a_server_that_is_still_being_connected_is_named(tmp_path: Path) -> None:

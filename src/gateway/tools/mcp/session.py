@@ -404,9 +404,7 @@ class McpSession:
             or (
                 f"it did not answer within {self._limits.connect_s:g} s"
                 if isinstance(error, TimeoutError)
-                else (
-                    "the connection broke" if connected else f"it cannot be connected ({type(_root(error)).__name__})"
-                )
+                else ("the connection broke" if connected else _not_started(_root(error)))
             )
         )
         # Not the error itself: the words of a library, or of the server, may hold what it was sent.
@@ -459,6 +457,14 @@ def _reason(error: BaseException) -> str:
 _CLOSED_WORDS = ("Connection closed", "SSE stream ended without a response", "SSE stream failed: lost")
 _PARSE_WORDS = ("Failed to parse JSON response", "Failed to parse SSE message", "SSE stream failed")
 """What `mcp` says in the server's place; a contract test holds them."""
+
+
+def _not_started(error: BaseException) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "its command, or the folder to run it in, is not found"
+    if isinstance(error, PermissionError):
+        return "its command may not be run by the user of the gateway"
+    return f"it cannot be connected ({type(error).__name__})"
 
 
 def _root(error: BaseException) -> BaseException:
