@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.by_hand import send_by_hand
 from tests.support.house import ADMIN, write_agent
-from tests.support.scripted_answers import Answer, status
+from tests.support.scripted_answers import Answer, status, steps_of
 from tests.support.scripted_faults import fault
 from tests.support.scripted_upstream import ScriptedUpstream
 from tests.support.server import Gateway, running_gateway
@@ -31,6 +31,7 @@ ROUTING = """\
 version: 1
 models:
   quick: {targets: [{model: first/m}, {model: second/n}], hedge: {after_s: 0.15}}
+  calm: {targets: [{model: first/m}, {model: second/n}], hedge: {after_s: 20}}
   patient: {targets: [{model: first/m}, {model: second/n}]}
   usual: {targets: [{model: first/u}, {model: second/n}], hedge: {percentile: 90}}
   crowd: {targets: [{model: first/crowd}, {model: second/n}], hedge: {after_s: 0.1}}
@@ -56,9 +57,25 @@ class House:
             body["stream"] = True
         return self.gateway.post(f"/v1/{path}", body, timeout_s=30)
 
+    def ask_held(self, model: str, answer: Answer, until: Callable[[], object], **options: Any) -> Any:
+        """Ask; the first upstream gives ``answer`` when ``until`` has returned, however busy the machine is."""
+        gate = self.first.gate()
+
+        def steps(streamed: bool) -> Iterator[Any]:
+            yield gate.event
+            yield from steps_of(answer, "/chat/completions", {"stream": streamed})
+
+        self.first.script("m", Answer(steps=steps))
+        with ThreadPoolExecutor(1) as pool:
+            asking = pool.submit(self.ask, model, **options)
+            try:
+                until()
+            finally:
+                gate.open()
+            return asking.result()
+
     def counts(self) -> tuple[int, int]:
-        first, second = ([r for r in up.requests if r.method == "POST"] for up in (self.first, self.second))
-        return len(first), len(second)
+        return len(self.first.requests), len(self.second.requests)
 
     def hedges(self, upstream: str, outcome: str) -> float:
         text = self.gateway.get("/metrics/prometheus").body.decode()
@@ -131,11 +148,10 @@ def test_a_second_target_answers_where_the_first_is_slow(house: House, model: st
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_the_hedge_that_comes_too_late_is_cancelled(house: House, streamed: bool) -> None:
-    house.first.script("m", Answer(text="first", first_delay_s=0.5, delay_s=0.0))
     house.second.script("n", fault("hang_after_headers"))
     lost = house.hedges("second", "lost")
     started = time.monotonic()
-    answer = house.ask("quick", streamed=streamed)
+    answer = house.ask_held("quick", Answer(text="first"), house.second.wait_for_request, streamed=streamed)
     assert text_of(answer) == "first"
     assert answer.headers["x-gateway-upstream"] == "first"
     assert (answer.headers["x-gateway-attempts"], answer.headers["x-gateway-hedged"]) == ("2", "true")
@@ -153,7 +169,7 @@ def test_the_usage_of_the_request_that_lost_is_estimated_and_charged(house: Hous
 
 
 def test_a_fast_target_is_asked_alone_and_nothing_is_hedged_unasked(house: House) -> None:
-    answer = house.ask("quick")
+    answer = house.ask("calm")
     assert text_of(answer) == "first" and "x-gateway-hedged" not in answer.headers
     house.first.script("m", Answer(text="first", first_delay_s=0.5))
     assert "x-gateway-hedged" not in house.ask("patient").headers
@@ -165,6 +181,7 @@ def test_what_an_upstream_is_asked_to_keep_is_never_sent_twice(house: House, mor
     house.first.script("m", Answer(text="first", first_delay_s=0.5))
     assert "x-gateway-hedged" not in house.ask("quick", **more).headers
     assert house.counts() == (1, 0)
+    house.first.script("m", fault("hang_before_headers"))
     assert house.ask("quick", store=False).headers["x-gateway-hedged"] == "true"
 
 
@@ -177,21 +194,23 @@ def test_other_endpoints_are_never_hedged(house: House, path: str) -> None:
 
 
 def test_a_first_target_that_fails_while_the_hedge_runs_is_failed_over_by_it(house: House) -> None:
-    house.first.script("m", Answer(status=500, body={"error": {"message": "x"}}, first_delay_s=0.4))
-    house.second.script("n", Answer(text="second", first_delay_s=0.6))
-    answer = house.ask("quick")
+    failure = Answer(status=500, body={"error": {"message": "x"}})
+    house.second.script("n", Answer(text="second", first_delay_s=0.2))
+    answer = house.ask_held("quick", failure, house.second.wait_for_request)
     assert text_of(answer) == "second"
     assert house.counts() == (1, 1)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_hedge_that_fails_harms_nobody(house: House, streamed: bool) -> None:
-    house.first.script("m", Answer(text="first", first_delay_s=0.6))
     failed = house.hedges("dead", "failed")
-    answer = house.ask("lame", streamed=streamed)
+
+    def has_failed() -> None:
+        wait_for(lambda: house.hedges("dead", "failed") == failed + 1, what="the hedge has failed")
+
+    answer = house.ask_held("lame", Answer(text="first"), has_failed, streamed=streamed)
     assert text_of(answer) == "first"
     assert len(house.dead.requests) == 1
-    assert house.hedges("dead", "failed") == failed + 1
 
 
 def test_a_refused_request_is_not_answered_by_the_hedge(house: House) -> None:

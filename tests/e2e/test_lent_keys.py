@@ -68,7 +68,7 @@ class Stage:
         return self.gateway.post("/v1/chat/completions", body, key=CHAT, headers=headers)
 
     def asked(self, since: int) -> list[Request]:
-        return [one for one in self.server.requests[since:] if not one.path.endswith("/models")]
+        return self.server.requests[since:]
 
     def shown(self, since: int) -> list[str | None]:
         """The key that each request showed."""

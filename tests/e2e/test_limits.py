@@ -348,11 +348,14 @@ class Hook(http.server.BaseHTTPRequestHandler):
     """Keeps what it is sent; refuses the first delivery."""
 
     got: list[tuple[dict[str, str], bytes]]
+    lock: threading.Lock
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
-        self.got.append(({name.lower(): value for name, value in self.headers.items()}, body))
-        self.send_response(503 if len(self.got) == 1 else 204)
+        with self.lock:  # two gateways may deliver at once
+            is_first = not self.got
+            self.got.append(({name.lower(): value for name, value in self.headers.items()}, body))
+        self.send_response(503 if is_first else 204)
         self.end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -362,7 +365,8 @@ class Hook(http.server.BaseHTTPRequestHandler):
 @contextmanager
 def webhook() -> Iterator[tuple[str, list[tuple[dict[str, str], bytes]]]]:
     got: list[tuple[dict[str, str], bytes]] = []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("OwnHook", (Hook,), {"got": got}))
+    own = type("OwnHook", (Hook,), {"got": got, "lock": threading.Lock()})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), own)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

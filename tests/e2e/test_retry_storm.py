@@ -19,6 +19,8 @@ from tests.support.server import Gateway, running_gateway
 
 CALLS = 200
 NAMES = ("one", "two", "three")
+HASTY = ("hasty-one", "hasty-two", "hasty-three")
+"""The same upstreams, given up soon: for those that hang. Others are slow only where the machine is busy."""
 RULES = """\
 retry:
   connect: {attempts: 5, backoff_s: 0.01}
@@ -71,16 +73,18 @@ def storm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storm]:
         upstreams = [stack.enter_context(ScriptedUpstream()) for _ in NAMES]
         furnish(home, upstreams[0].base_url)
         rows = "".join(
-            f'  - {{name: {name}, base_url: "{upstream.base_url}", timeouts: {{first_byte_s: 2}}}}\n'
-            for name, upstream in zip(NAMES, upstreams, strict=True)
+            f'  - {{name: {name}, base_url: "{upstream.base_url}", timeouts: {{first_byte_s: {seconds}}}}}\n'
+            for names, seconds in ((NAMES, 50), (HASTY, 2))
+            for name, upstream in zip(names, upstreams, strict=True)
         )
         (home / "upstreams.yaml").write_text("version: 1\nupstreams:\n" + rows, encoding="utf-8")
         models = [f"{key.replace(' ', '-')}{n}" for key in (*DEATHS, "flaps", "well", "warm") for n in range(4)]
         text = "version: 1\nmodels:\n"
         for model in models:
-            targets = ", ".join(f"{{model: {name}/{model}}}" for name in NAMES)
+            names = HASTY if model.startswith("hangs") else NAMES
+            targets = ", ".join(f"{{model: {name}/{model}}}" for name in names)
             text += f"  plain-{model}: {{targets: [{targets}]}}\n"
-            hedged = ", ".join(f"{{model: {name}/{model}-h}}" for name in NAMES)
+            hedged = ", ".join(f"{{model: {name}/{model}-h}}" for name in names)
             text += f"  hedged-{model}: {{targets: [{hedged}], hedge: {{after_s: 0.02}}}}\n"
         (home / "routing.yaml").write_text(text + RULES, encoding="utf-8")
         yield Storm(stack.enter_context(running_gateway(home, key=ADMIN)), upstreams)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,9 +44,10 @@ models:
   rest: {targets: [{model: first/cooling}, {model: second/n}]}
   long: {targets: [{model: first/m}], context_length_fallbacks: [second/n]}
   probe: {targets: [{model: first/probed}, {model: second/n}]}
-breaker: {failures: 3, open_s: 1}
+breaker: {failures: 3, open_s: OPEN_S}
 health_interval_s: 3600
 """
+OPEN_S = 1
 KEYS = (("admin", ADMIN, "[chat, admin]", '["*"]'), ("chat", CHAT, "[chat]", '["*"]'))
 
 
@@ -78,7 +80,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     with ScriptedUpstream() as first, ScriptedUpstream() as second:
         text = UPSTREAMS.format(first=first.base_url, second=second.base_url, dead=free_port())
         (home / "upstreams.yaml").write_text(text, encoding="utf-8")
-        (home / "routing.yaml").write_text(ROUTING, encoding="utf-8")
+        (home / "routing.yaml").write_text(ROUTING.replace("OPEN_S", str(OPEN_S)), encoding="utf-8")
         rows = [
             f"  - {{id: {id_}, hashed_key: {digest(key)}, scopes: {scopes}, allow_agents: {allow}}}"
             for id_, key, scopes, allow in (
@@ -211,10 +213,12 @@ def test_a_dead_upstream_is_not_beaten_by_300_requests_at_once(house: House) -> 
 
 def test_a_breaker_leaves_a_dead_upstream_alone_and_lets_it_come_back(house: House) -> None:
     house.first.script("probed", status(500))
+    began = time.monotonic()
     answers = [house.ask("probe") for _ in range(6)]
+    probes = int((time.monotonic() - began) / OPEN_S)  # none, but on a machine that is busy with other things
     assert [answer.headers["x-gateway-upstream"] for answer in answers] == ["second"] * 6
-    assert house.models_asked()[0].count("probed") == 3
-    assert len(house.gateway.logged("routing.breaker.opened", upstream_model="probed")) == 1
+    assert 3 <= house.models_asked()[0].count("probed") <= 3 + probes
+    assert len(house.gateway.logged("routing.breaker.opened", upstream_model="probed")) <= 1 + probes
     metrics = house.gateway.get("/metrics/prometheus").body.decode()
     states = [line for line in metrics.splitlines() if "routing_breaker_state{" in line and '"probed"' in line]
     assert len(states) == 1 and 'upstream="first"' in states[0] and float(states[0].rpartition(" ")[2]) == 2.0, states
@@ -225,8 +229,10 @@ def test_a_breaker_leaves_a_dead_upstream_alone_and_lets_it_come_back(house: Hou
 
 def test_retry_after_is_honoured_as_a_cool_down(house: House) -> None:
     house.first.script("cooling", status(429, retry_after="1"))
+    began = time.monotonic()
     assert [house.ask("rest").headers["x-gateway-upstream"] for _ in range(4)] == ["second"] * 4
-    assert house.models_asked()[0].count("cooling") == 1
+    again = int(time.monotonic() - began)  # 0, but on a machine that is busy with other things
+    assert 1 <= house.models_asked()[0].count("cooling") <= 1 + again
     house.first.script("cooling", Answer(text="cool"))
     wait_for(lambda: text_of(house.ask("rest")) == "cool", what="the cool-down ends")
 

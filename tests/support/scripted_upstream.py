@@ -9,7 +9,7 @@ Queued answers are taken first, in order; then what `script` set for the model's
 message; then a model or a last message ``fault:NAME`` commits that fault; everything else gets the default: the first
 tool offered is called with arguments made from its schema (or with the JSON object that the last message holds), and a
 tool result or a plain message is answered with text. ``/__enqueue`` and ``/__requests`` do the same over HTTP. Every
-request is recorded.
+request is recorded; those for the list of models, which a gateway sends at its own time, are recorded apart.
 """
 
 from __future__ import annotations
@@ -64,10 +64,14 @@ class Request:
 
 
 class ScriptedUpstream:
-    """A running upstream. ``base_url`` ends in ``/v1``; `requests` grows while tests talk to it."""
+    """A running upstream. ``base_url`` ends in ``/v1``; `requests` grows while tests talk to it.
+
+    ``listings`` are the requests for the list of models: discovery and health checks send them beside what a test does.
+    """
 
     def __init__(self, *, tls: ssl.SSLContext | None = None) -> None:
         self.requests: list[Request] = []
+        self.listings: list[Request] = []
         self.connections = 0
         self._tls = tls
         self._queue: list[Answer] = []
@@ -215,9 +219,10 @@ class ScriptedUpstream:
         else:
             body = await reader.readexactly(int(headers.get("content-length", 0)))
         with self._changed:
-            request = Request(len(self.requests) + 1, method, path, headers, body, connection, time.monotonic())
+            kept = self.listings if _is_listing(path) else self.requests
+            request = Request(len(kept) + 1, method, path, headers, body, connection, time.monotonic())
             if not path.startswith("/__"):
-                self.requests.append(request)
+                kept.append(request)
             self._changed.notify_all()
         return request
 
@@ -249,7 +254,7 @@ class ScriptedUpstream:
             fields["calls"] = [Call(**call) for call in fields.get("calls", ())]
             self.enqueue(fault(name) if name else Answer(**fields))
             return [whole(200, b"{}")]
-        if path.endswith("/models"):
+        if _is_listing(path):
             data = [{"id": "scripted", "object": "model", "created": 1, "owned_by": "tests"}]
             with self._changed:
                 listing = self._listings.pop(0) if self._listings else Answer(body={"object": "list", "data": data})
@@ -269,6 +274,10 @@ class ScriptedUpstream:
             faults = [name.removeprefix("fault:") for name in names if name.startswith("fault:")]
             answer = fault(faults[0]) if faults else default
         return steps_of(answer or obvious(request.json), request.path, request.json)
+
+
+def _is_listing(path: str) -> bool:
+    return path.partition("?")[0].endswith("/models")
 
 
 def _last_text(body: dict[str, Any]) -> str:

@@ -115,7 +115,7 @@ def test_an_upstream_that_does_not_discover_is_not_asked() -> None:
 
     with ScriptedUpstream() as server:
         with_discovery(server, check, discover=False)
-        assert not server.requests
+        assert not server.listings
 
 
 def test_aliases_that_are_names_are_models_of_clients() -> None:

@@ -270,13 +270,14 @@ def test_a_cancelled_stream_is_reset_and_the_others_go_on(way: Ways) -> None:
             await anext(leaving)
             await leaving.aclose()
             await asyncio.to_thread(there.scripted.wait_closed, 2)
+            # Looked at now: a stream that was read whole may be reset, too, where its end is long in coming.
+            assert there.bridge is not None and len(there.bridge.resets) == 1
             gate.open()
             assert text_of(await collect(staying)) == "one two"
 
     asyncio.run(main())
     assert there.bridge is not None
     assert there.bridge.connections == 1
-    assert len(there.bridge.resets) == 1
 
 
 def test_a_slow_reader_stops_its_own_stream_alone(way: Ways) -> None:

@@ -116,7 +116,7 @@ def test_the_key_goes_where_the_provider_wants_it(provider: str, post: tuple[str
 
     with ScriptedUpstream() as server:
         asyncio.run(main(server))
-        chat, models = server.requests
+        (chat,), (models,) = server.requests, server.listings
     for request, (name, value) in ((chat, post), (models, get)):
         names = {"authorization", "api-key", "x-api-key"} & request.headers.keys()
         assert names == {name}
