@@ -22,7 +22,7 @@ from tests.support.house import ADMIN, CHAT, NARROW, drop, furnish
 from tests.support.mcp_servers import RAW_SERVER, alive, read_pids, until
 from tests.support.obedient_upstream import ObedientUpstream
 from tests.support.server import Gateway, running_gateway
-from tests.support.waiting import wait_for
+from tests.support.waiting import PATIENCE_S, wait_for
 
 pytestmark = pytest.mark.anyio
 
@@ -32,7 +32,7 @@ tools:
   - name: raw
     provider: mcp
     command: [{sys.executable}, -S, -E, {RAW_SERVER}, PIDS]
-    env: {{CANCELLED: CANCELLED_FILE}}
+    env: {{CANCELLED: CANCELLED_FILE, BEGUN: BEGUN_FILE}}
     stream: true
 """
 
@@ -52,6 +52,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory, upstream: ObedientUpstream
     furnish(home, upstream.url)
     allow_all_tools(home, "chat")
     tools = TOOLS.replace("PIDS", str(home / "pids")).replace("CANCELLED_FILE", str(home / "cancelled"))
+    tools = tools.replace("BEGUN_FILE", str(home / "begun"))
     (home / "tools.yaml").write_text(tools)
     for name in ("WeatherAgent", "ToolTrouble", "labs/Research"):
         drop(name, home / "agents")
@@ -84,12 +85,9 @@ def text_of(result: Any) -> str:
 
 
 async def wait_for_tools(gateway: Gateway) -> None:
-    async with client(gateway) as made:
-        for _ in range(500):
-            if "raw__echo" in await names(made):
-                return
+    async with client(gateway) as made, asyncio.timeout(PATIENCE_S):
+        while "raw__echo" not in await names(made):  # noqa: ASYNC110 - another process knows
             await asyncio.sleep(0.02)
-    raise AssertionError("the tools of the MCP server are not offered")
 
 
 @pytest.mark.parametrize("mode", ["auto", "legacy"])
@@ -155,9 +153,11 @@ async def test_a_caller_that_cancels_ends_the_call_at_the_tool(gateway: Gateway,
     await wait_for_tools(gateway)
     cancelled = gateway.home / "cancelled"
     cancelled.write_text("")
+    begun = gateway.home / "begun"
+    begun.write_text("")
     async with client(gateway, mode=mode) as made:
         waiting = asyncio.create_task(made.call_tool("raw__slow", {"seconds": 20}))
-        await asyncio.sleep(0.3)
+        await until(lambda: begun.read_text(), "the tool has begun")
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
@@ -169,6 +169,8 @@ async def test_a_caller_that_leaves_ends_the_call_at_the_tool(gateway: Gateway, 
     await wait_for_tools(gateway)
     cancelled = gateway.home / "cancelled"
     cancelled.write_text("")
+    begun = gateway.home / "begun"
+    begun.write_text("")
     params: dict[str, Any] = {"name": "raw__slow", "arguments": {"seconds": 20}}
     if version > "2026":
         meta = {"protocolVersion": version, "clientInfo": {"name": "t", "version": "1"}, "clientCapabilities": {}}
@@ -181,9 +183,12 @@ async def test_a_caller_that_leaves_ends_the_call_at_the_tool(gateway: Gateway, 
         "mcp-name": "raw__slow",
     }
     message = {"jsonrpc": "2.0", "id": 7, "method": "tools/call", "params": params}
-    async with httpx2.AsyncClient(headers=headers, timeout=httpx2.Timeout(5, read=0.5)) as http:
-        with pytest.raises(httpx2.ReadTimeout):
-            await http.post(gateway.url + "/mcp", json=message)
+    async with httpx2.AsyncClient(headers=headers, timeout=60) as http:
+        waiting = asyncio.create_task(http.post(gateway.url + "/mcp", json=message))
+        await until(lambda: begun.read_text(), "the tool has begun")
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
     await until(lambda: cancelled.read_text(), "the tool's server was told")
 
 
@@ -262,7 +267,9 @@ def test_a_changed_tool_is_withheld_until_an_admin_accepts_it_and_stays_accepted
     listed = tmp_path / "listed.json"
     tool = {"name": "echo", "description": "Echo.", "inputSchema": {"type": "object"}}
     listed.write_text(json.dumps([tool]))
-    text = TOOLS.replace("PIDS", str(tmp_path / "pids")).replace("CANCELLED: CANCELLED_FILE", f"TOOLS: {listed}")
+    text = TOOLS.replace("PIDS", str(tmp_path / "pids")).replace(
+        "CANCELLED: CANCELLED_FILE, BEGUN: BEGUN_FILE", f"TOOLS: {listed}"
+    )
     (tmp_path / "tools.yaml").write_text(text)
     env = {"GATEWAY_TOOL_CONFIG": str(tmp_path / "tools.yaml"), "GATEWAY_STATE_DIR": str(tmp_path / "state")}
 
@@ -295,7 +302,9 @@ def test_a_changed_tool_is_withheld_until_an_admin_accepts_it_and_stays_accepted
 def test_the_server_ends_with_the_gateway(tmp_path: Path, upstream: ObedientUpstream) -> None:
     home = tmp_path
     furnish(home, upstream.url)
-    (home / "tools.yaml").write_text(TOOLS.replace("PIDS", str(home / "pids")).replace("CANCELLED_FILE", "x"))
+    (home / "tools.yaml").write_text(
+        TOOLS.replace("PIDS", str(home / "pids")).replace("CANCELLED_FILE", "x").replace("BEGUN_FILE", "x")
+    )
     with running_gateway(home, key=ADMIN, env={"GATEWAY_TOOL_CONFIG": str(home / "tools.yaml")}):
         wait_for(lambda: read_pids(home / "pids"), what="the server runs")
         assert alive(read_pids(home / "pids")[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,10 +74,21 @@ class HttpClient:
         key: str | None = None,
         headers: Mapping[str, str] | None = None,
         timeout_s: float = 60.0,
+        connection: http.client.HTTPConnection | None = None,
     ) -> Response:
-        """Send one request and read the whole answer. ``key=""`` sends none."""
+        """Send one request and read the whole answer. ``key=""`` sends none.
+
+        ``connection`` is one to send it on; it is closed unless ``headers`` ask to keep it alive.
+        """
         with self.stream(
-            method, path, json_body=json_body, body=body, key=key, headers=headers, timeout_s=timeout_s
+            method,
+            path,
+            json_body=json_body,
+            body=body,
+            key=key,
+            headers=headers,
+            timeout_s=timeout_s,
+            connection=connection,
         ) as stream:
             return Response(stream.status, stream.headers, stream.raw.read())
 
@@ -100,8 +111,9 @@ class HttpClient:
         key: str | None = None,
         headers: Mapping[str, str] | None = None,
         timeout_s: float = 60.0,
+        connection: http.client.HTTPConnection | None = None,
     ) -> Iterator[Stream]:
-        """Send one request and hand out the answer while it arrives; leaving the block closes the socket."""
+        """Send one request and hand out the answer while it arrives; leaving the block closes a socket of its own."""
         sent = {"connection": "close"}
         shown = self.key if key is None else key
         if shown:
@@ -110,7 +122,10 @@ class HttpClient:
             body = json.dumps(json_body).encode()
         if body is not None:
             sent["content-type"] = "application/json"
-        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)) as connection:
+        with ExitStack() as stack:
+            if connection is None:
+                own = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
+                connection = stack.enter_context(closing(own))
             connection.request(method, path, body=body, headers=sent | dict(headers or {}))
             with closing(connection.getresponse()) as raw:
                 yield Stream(raw.status, {k.lower(): v for k, v in raw.getheaders()}, raw, connection)

@@ -368,7 +368,7 @@ async def test_an_http_server_is_killed_and_restarted_between_and_during_calls(t
                 lambda: asyncio.gather(*(invoke(made, "raw__wait", {"seconds": 0.2}) for _ in range(20)))
             )
             if transport != "sse":
-                assert seconds < 0.5, f"20 calls of 0.2 s took {seconds:.2f} s"
+                assert seconds < 2, f"20 calls of 0.2 s took {seconds:.2f} s; one after another they take 4"
         async with running(port, transport) as server:
             await until(lambda: made.health().status == "ok", "connected again")
             second = await invoke(made, "raw__find_book", {"title": "Dune"})

@@ -304,7 +304,7 @@ def test_calls_of_many_runs_share_a_session_at_once(script: Path) -> None:
         seconds, answers = await quickest(lambda: asyncio.gather(*(server.call_tool("nap", {}) for _ in range(20))))
         await executor.aclose()
         assert {answer.content[0].text for answer in answers} == {"rested"}
-        assert seconds < 0.5, f"20 calls of 0.2 s took {seconds:.2f} s"
+        assert seconds < 2, f"20 calls of 0.2 s took {seconds:.2f} s; one after another they take 4"
 
     run_async(main())
 

@@ -67,7 +67,7 @@ async def test_calls_share_one_session_at_once(tmp_path: Path) -> None:
             lambda: asyncio.gather(*(call(made, "slow", arguments={"n": n}) for n in range(20)))
         )
         assert [f'"n": {n}' in answer for n, answer in enumerate(answers)] == [True] * 20
-        assert seconds < 0.5, f"20 calls of 0.2 s took {seconds:.2f} s"
+        assert seconds < 2, f"20 calls of 0.2 s took {seconds:.2f} s; one after another they take 4"
     assert len(pids(tmp_path)) == 1
 
 
