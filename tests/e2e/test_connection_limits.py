@@ -364,10 +364,11 @@ def test_a_client_that_was_refused_and_sends_for_ever_is_cut(gateway: Gateway) -
         HOST, f"Authorization: Bearer {KEY}", "Transfer-Encoding: chunked", start=f"POST {CHAT_PATH} HTTP/1.1"
     )
     chunk = b"%x\r\n%b\r\n" % (1_000_000, b" " * 1_000_000)
-    sent = 0
+    sent, started = 0, time.monotonic()
     with closing(connect(gateway)) as connection, contextlib.suppress(ConnectionResetError, BrokenPipeError):
         connection.sendall(head)
         while sent < 1_000:
             connection.sendall(chunk)
             sent += 1
-    assert 60 <= sent <= 200
+    # Cut after 64 MB, or after ten seconds of a machine that is busy with other things.
+    assert sent <= 200 and (sent >= 60 or time.monotonic() - started >= 10)

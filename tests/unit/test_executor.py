@@ -335,7 +335,7 @@ def test_a_run_is_cancelled_while_a_tool_runs(streamed: bool, kind: str) -> None
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            assert loop.time() - started < 1
+            assert loop.time() - started < 20, "long before the tool ends"
             assert kind == "thread" or cancelled.is_set()
             release.set()
 

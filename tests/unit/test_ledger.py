@@ -347,6 +347,6 @@ async def _count(store: Store) -> int:
 
 
 async def until(ask: Callable[[], Awaitable[int]], expected: int) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while await ask() != expected:  # noqa: ASYNC110 - another process's rows: there is no event to wait for
             await asyncio.sleep(0.01)

@@ -257,12 +257,12 @@ def test_what_is_taken_at_the_same_time_never_passes_the_limit(kind: str, tmp_pa
 def test_the_clock_of_the_store_frees_what_was_taken(kind: str, tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(kind, tmp_path) as store:
-            rule = Rule(unique("short"), 1, 50)
+            rule = Rule(unique("short"), 1, 1_000)  # longer than a busy machine needs for two exchanges
             batch = Batch("one", ((Ask(rule, 1),),))
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 assert isinstance((await store.exchange(batch)).groups[0], tuple)
                 refused = (await store.exchange(batch)).groups[0]
-                assert isinstance(refused, Refusal) and 0 < refused.wait_ms <= 51
+                assert isinstance(refused, Refusal) and 0 < refused.wait_ms <= 1_001
                 await asyncio.sleep(refused.wait_ms / 1000)
                 while isinstance((await store.exchange(batch)).groups[0], Refusal):
                     pass

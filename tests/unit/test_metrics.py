@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from api.metrics import negotiate
 from gateway.observability.metrics import Metrics
 from gateway.observability.recent import ErrorRecord, RecentErrors
+from tests.support.waiting import in_time
 
 
 def used() -> Metrics:
@@ -225,10 +226,13 @@ def test_a_scrape_of_many_label_sets_is_written_in_small_pieces() -> None:
         assert turned.is_set(), "the loop never turned"
         return sizes, stretches
 
-    sizes, stretches = asyncio.run(scrape())
-    assert sum(sizes) > 1_000_000
-    assert max(sizes) < sum(sizes) / 4
-    assert max(stretches) < 0.005
+    def longest() -> float:
+        sizes, stretches = asyncio.run(scrape())
+        assert sum(sizes) > 1_000_000
+        assert max(sizes) < sum(sizes) / 4
+        return max(stretches)
+
+    in_time(longest, 0.005)  # a collection of garbage may fall into any one of them
 
 
 def test_recent_errors_keep_the_last_ones_newest_first() -> None:

@@ -271,7 +271,7 @@ def test_a_hanging_import_delays_no_other_and_may_be_replaced(shelf: Shelf, root
         write_agent(root, "Hangs", "no longer")
         shelf.refresh(paths={root / "Hangs/agent.py"})
         assert shelf.instructions("hangs") == "no longer"
-        hanging.result(10)
+        hanging.result(30)
 
 
 def test_refreshes_that_come_together_are_one(shelf: Shelf, root: Path) -> None:

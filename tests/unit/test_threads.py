@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from api.threads import DaemonThreadPool
+from tests.support.waiting import wait_for
 
 SOURCES = Path(__file__).parents[2] / "src"
 
@@ -37,6 +38,7 @@ def test_no_more_threads_than_the_limit_and_queued_calls_still_run() -> None:
         gate.wait(60)
 
     futures = [pool.submit(work) for _ in range(9)]
+    wait_for(lambda: len(names) == 3, what="each thread has a call")
     gate.set()
     for future in futures:
         future.result(5)
