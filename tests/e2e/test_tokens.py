@@ -79,13 +79,13 @@ def furnished(home: Path, upstream: ObedientUpstream, keys: KeyServer) -> Path:
 
 def test_the_official_client_chats_with_a_token_and_reaches_what_it_grants(gateway: Gateway) -> None:
     given = token(RSA, agents=["default/*"])
-    client = openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=given, max_retries=0)
     asked: Any = [{"role": "user", "content": "say fine weather"}]
-    answer = client.chat.completions.create(model="default/weatheragent", messages=asked)
-    assert answer.choices[0].message.content == "fine weather"
-    assert [model.id for model in client.models.list()] == ["default/weatheragent"]
-    with pytest.raises(openai.PermissionDeniedError):
-        client.chat.completions.create(model="labs/research", messages=asked)
+    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=given, max_retries=0) as client:
+        answer = client.chat.completions.create(model="default/weatheragent", messages=asked)
+        assert answer.choices[0].message.content == "fine weather"
+        assert [model.id for model in client.models.list()] == ["default/weatheragent"]
+        with pytest.raises(openai.PermissionDeniedError):
+            client.chat.completions.create(model="labs/research", messages=asked)
     gateway.logged("http.request", key_id="corp:alice")
     assert given not in gateway.log_text() and given.rpartition(".")[2] not in gateway.log_text()
 

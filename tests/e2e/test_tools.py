@@ -48,6 +48,7 @@ def forbidden(path: str) -> str:
 
 
 def hang() -> str:
+    (HERE / "hanging").touch()
     while not (HERE / "go").exists():
         time.sleep(0.01)
     return VERSION
@@ -399,7 +400,8 @@ def test_a_refresh_drops_old_callables_while_running_calls_finish(start: Gateway
     answers: list[Response] = []
     running = threading.Thread(target=lambda: answers.append(invoke(gateway, "hang")))
     running.start()
-    wait_for(lambda: invoke(gateway, "whole", {"x": 1}).status == 200, what="the server answers")
+    wait_for((home / "hanging").exists, what="the call runs")
+    assert invoke(gateway, "whole", {"x": 1}).status == 200, "the server answers"
     (home / "shop_tools.py").write_text(CODE.replace('"one"', '"two"'), encoding="utf-8")
     assert invoke(gateway, "weather", {"city": "x"}).json()["result"]["version"] == "one"
     assert gateway.request("POST", "/tools/refresh", key=ADMIN).status == 200
