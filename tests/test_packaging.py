@@ -242,10 +242,13 @@ def test_the_images_command_serves_the_stack_of_compose_without_rights(stranger:
         with stranger.serving(words, **env) as (client, process):
             assert client.get("/v1/models", key="dev-secret").status == 401
             expected = {"default/hello", "sandbox/demo/demo"}
-            wait_for(  # each worker loads the agents for itself, and any of them answers
-                lambda: expected <= {model["id"] for model in client.get("/v1/models").json()["data"]},
-                what="the agent and the upstream's model are listed",
-            )
+
+            def listed() -> bool:
+                """Whether each worker lists them: it loads the agents for itself, and any of them answers."""
+                answers = client.ask_each_worker(2, "GET", "/v1/models").values()
+                return all(expected <= {model["id"] for model in answer.json()["data"]} for answer in answers)
+
+            wait_for(listed, what="the agent and the upstream's model are listed")
             question = {"messages": [{"role": "user", "content": "How do people greet in Paris?"}], "stream": True}
             for name in ("default/hello", "sandbox/demo/demo"):
                 answer = client.post("/v1/chat/completions", {"model": name, **question})

@@ -110,12 +110,12 @@ def test_first_event_is_delivered_while_the_upstream_still_writes(
 
 @pytest.fixture(scope="module")
 def pinging(tmp_path_factory: pytest.TempPathFactory, upstream: ObedientUpstream) -> Iterator[Gateway]:
-    """A gateway that does not bear a quarter of a second of silence."""
+    """A gateway that does not bear a tenth of a second of silence."""
     home = tmp_path_factory.mktemp("pinging")
     furnish(home, upstream.url)
     drop("WeatherAgent", home / "agents")
     write_agent(home / "agents", "Hasty", "You are hasty.", extra='__gateway__ = {"upstream": "hasty"}\n')
-    with running_gateway(home, env={"GATEWAY_STREAM_PING_S": "0.25"}, key=ADMIN) as server:
+    with running_gateway(home, env={"GATEWAY_STREAM_PING_S": "0.1"}, key=ADMIN) as server:
         yield server
 
 
@@ -178,8 +178,9 @@ def test_missing_done_after_a_finish_reason_is_a_finished_answer(gateway: Gatewa
         assert done and text_of(chunks) == "all said"
 
 
-def test_pace_of_the_tokens_is_kept(gateway: Gateway) -> None:
-    for model in MODELS:
+@pytest.mark.parametrize("model", MODELS)
+def test_pace_of_the_tokens_is_kept(gateway: Gateway, model: str) -> None:
+    def lasts() -> float:
         request = body(model, "[delay=0.05] say a b c d e f g h")
         with gateway.stream("POST", "/v1/chat/completions", json_body=request) as stream:
             seen = [
@@ -188,7 +189,10 @@ def test_pace_of_the_tokens_is_kept(gateway: Gateway) -> None:
                 if chunk["choices"] and chunk["choices"][0]["delta"].get("content")
             ]
         assert len(seen) == 8
-        assert seen[-1] - seen[0] > 0.2, "tokens arrived in one heap"
+        return seen[-1] - seen[0]
+
+    # This reader may be late itself; where the gateway collects them, they come in one heap each time.
+    assert any(lasts() > 0.2 for _ in range(5)), "tokens arrived in one heap"
 
 
 @pytest.mark.parametrize("model", MODELS)

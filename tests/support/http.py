@@ -9,6 +9,8 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from tests.support.waiting import wait_for
+
 
 @dataclass(frozen=True)
 class Response:
@@ -99,6 +101,26 @@ class HttpClient:
     def post(self, path: str, json_body: Any = None, **options: Any) -> Response:
         """POST ``json_body``."""
         return self.request("POST", path, json_body=json_body, **options)
+
+    def ask_each_worker(
+        self, workers: int, method: str, path: str, *, json_body: Any = None, key: str | None = None
+    ) -> dict[int, Response]:
+        """Send a request to each of so many workers; return the answers by slot. The client's own key is an admin's.
+
+        A kept connection stays with the worker that accepted it, which says first who it is.
+        """
+        answers: dict[int, Response] = {}
+
+        def ask() -> bool:
+            with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
+                kept = {"headers": {"connection": "keep-alive"}, "connection": connection}
+                slot = self.get("/health", **kept).json()["components"]["process"]["worker"]
+                if slot not in answers:
+                    answers[slot] = self.request(method, path, json_body=json_body, key=key, **kept)
+            return len(answers) == workers
+
+        wait_for(ask, every_s=0.001, what=f"each of {workers} workers takes a connection")
+        return answers
 
     @contextmanager
     def stream(

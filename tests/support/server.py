@@ -18,11 +18,11 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.support.http import HttpClient, Response
+from tests.support.http import HttpClient
 from tests.support.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -120,26 +120,6 @@ class Gateway(HttpClient):
         answer = self.get("/v1/models", **options)
         assert answer.status == 200, answer.body
         return {model["id"] for model in answer.json()["data"]}
-
-    def ask_each_worker(
-        self, workers: int, method: str, path: str, *, json_body: Any = None, key: str | None = None
-    ) -> dict[int, Response]:
-        """Send a request to each of so many workers; return the answers by slot. The client's own key is an admin's.
-
-        A kept connection stays with the worker that accepted it, which says first who it is.
-        """
-        answers: dict[int, Response] = {}
-
-        def ask() -> bool:
-            with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
-                kept = {"headers": {"connection": "keep-alive"}, "connection": connection}
-                slot = self.get("/health", **kept).json()["components"]["process"]["worker"]
-                if slot not in answers:
-                    answers[slot] = self.request(method, path, json_body=json_body, key=key, **kept)
-            return len(answers) == workers
-
-        wait_for(ask, every_s=0.001, what=f"each of {workers} workers takes a connection")
-        return answers
 
     def rss_mb(self) -> float:
         """Resident memory of the serving process."""
