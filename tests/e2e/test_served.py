@@ -108,8 +108,10 @@ def ask(gateway: Gateway, key: str, **fields: Any) -> Any:
     return gateway.post("/v1/chat/completions", CALL | fields, key=key)
 
 
-def statuses(gateway: Gateway, key: str, **fields: Any) -> set[int]:
-    return {ask(gateway, key, **fields).status for _ in range(TRIES)}
+def statuses(gateway: Gateway, key: str) -> set[int]:
+    """Statuses of a call in every worker."""
+    answers = gateway.ask_each_worker(WORKERS, "POST", "/v1/chat/completions", json_body=CALL, key=key)
+    return {answer.status for answer in answers.values()}
 
 
 @pytest.mark.parametrize("streamed", [True, False])
@@ -172,7 +174,8 @@ def test_security_is_read_again_in_every_worker(served: Gateway) -> None:
 
 def test_tools_are_read_again_in_every_worker(served: Gateway) -> None:
     def names() -> set[tuple[str, ...]]:
-        return {tuple(tool["name"] for tool in served.get("/tools").json()["data"]) for _ in range(TRIES)}
+        answers = served.ask_each_worker(WORKERS, "GET", "/tools").values()
+        return {tuple(tool["name"] for tool in answer.json()["data"]) for answer in answers}
 
     assert names() == {()}
     tool = "{name: shout, provider: http, description: Shouts., method: GET, url: 'http://127.0.0.1:1/x'}"

@@ -17,7 +17,8 @@ from tests.support.server import ROOT, Gateway, running_gateway
 from tests.support.waiting import wait_for
 
 KEY = "sk-test-approval-aaaaaaaaaaaaaaaaaaaaaaaa"
-SERVE = ("-m", "gateway_cli", "serve", "--workers", "2", "--port")
+WORKERS = 2
+SERVE = ("-m", "gateway_cli", "serve", "--workers", str(WORKERS), "--port")
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 ECHO = {"name": "echo", "description": "Echo.", "inputSchema": SCHEMA}
 
@@ -34,8 +35,7 @@ def gateway(tmp_path: Path) -> Iterator[Gateway]:
     (tmp_path / "security.yaml").write_text("version: 1\n")
     env = {"GATEWAY_TOOL_CONFIG": str(tmp_path / "tools.yaml"), "GATEWAY_API_KEY": KEY}
     with running_gateway(tmp_path, env=env, key=KEY, command=SERVE) as started:
-        started.logged("mcp.server.connected", count=2)  # calls alone may all have come to one worker
-        wait_for(lambda: everywhere(started) == [200] * 6, what="both workers offer the tool")
+        wait_for(lambda: everywhere(started) == {200}, what="both workers offer the tool")
         yield started
 
 
@@ -43,9 +43,11 @@ def list_tools(home: Path, *tools: dict[str, Any]) -> None:
     (home / "listed.json").write_text(json.dumps(tools))
 
 
-def everywhere(gateway: Gateway, name: str = "raw__echo") -> list[int]:
-    """Statuses of a call, each over a connection of its own: both workers take some."""
-    return [gateway.post(f"/tools/{name}/invoke", {"arguments": {"a": 1}}).status for _ in range(6)]
+def everywhere(gateway: Gateway, name: str = "raw__echo") -> set[int]:
+    """Statuses of a call in every worker."""
+    call = {"arguments": {"a": 1}}
+    answers = gateway.ask_each_worker(WORKERS, "POST", f"/tools/{name}/invoke", json_body=call)
+    return {answer.status for answer in answers.values()}
 
 
 def command(
@@ -63,36 +65,31 @@ def command(
     return done.returncode, done.stdout + done.stderr
 
 
-def _ready(answer: tuple[int, str]) -> tuple[int, str] | None:
-    return answer if "ready" in answer[1] else None
-
-
 def change(gateway: Gateway, *tools: dict[str, Any]) -> None:
     list_tools(gateway.home, *tools)
     assert gateway.post("/tools/refresh", {}).status == 200
 
 
 def test_a_changed_tool_is_shown_and_accepted_in_every_worker(gateway: Gateway) -> None:
-    # Which worker is asked is chance: the one that has not yet read the server's list may be.
-    status, text = wait_for(lambda: _ready(command(gateway, "list")), what="the worker that is asked offers the tool")
+    status, text = command(gateway, "list")
     assert status == 0 and "raw__echo" in text and "mcp" in text, text
     change(gateway, {**ECHO, "description": "Echo, and \x1b[31mtell all."}, {**ECHO, "name": "second"})
-    assert everywhere(gateway) == [403] * 6
+    assert everywhere(gateway) == {403}
     status, text = command(gateway, "list")
     assert status == 1 and "approval" in text and "gateway tools approve raw" in text
 
     status, text = command(gateway, "approve", "raw", answer="n\n")
-    assert status == 1 and "Nothing was accepted" in text and everywhere(gateway) == [403] * 6
+    assert status == 1 and "Nothing was accepted" in text and everywhere(gateway) == {403}
     assert '-  "description": "Echo."' in text and "tell all" in text and "\x1b" not in text
     assert "second is new" in text
     assert command(gateway, "approve", "raw")[0] == 2, "nobody is there to answer"
 
     status, text = command(gateway, "approve", "raw", "echo", answer="y\n")
     assert status == 0 and "Accepted: echo." in text
-    assert everywhere(gateway) == [200] * 6 and everywhere(gateway, "raw__second") == [403] * 6
+    assert everywhere(gateway) == {200} and everywhere(gateway, "raw__second") == {403}
     status, text = command(gateway, "approve", "raw", "--yes", "--json")
     assert status == 0 and json.loads(text)["approved"] == ["second"]
-    assert everywhere(gateway, "raw__second") == [200] * 6
+    assert everywhere(gateway, "raw__second") == {200}
     status, text = command(gateway, "approve", "raw")
     assert status == 0 and "No tool of 'raw' waits" in text
     assert command(gateway, "list")[0] == 0
@@ -105,7 +102,7 @@ def test_what_changed_again_since_it_was_looked_at_is_not_accepted(gateway: Gate
     asked = {"tools": ["echo"], "digests": {"echo": seen["digest"]}}
     answer = gateway.post("/tools/mcp/raw/approve", asked)
     assert answer.status == 409 and "changed again" in answer.json()["error"]["message"]
-    assert everywhere(gateway) == [403] * 6
+    assert everywhere(gateway) == {403}
 
 
 def test_a_server_that_offers_nothing_is_shown_with_the_reason(tmp_path: Path) -> None:
