@@ -83,6 +83,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gateway, S
         maxima=cent,
         nested="limits: {cost_per_day_usd: 0.05}",
         tokens="limits: {tokens_per_minute: 60}",
+        eager="limits: {requests_per_minute: 1}",
+        broke="limits: {cost_per_day_usd: 0.001}",
         users="end_user_limits: {requests_per_minute: 2}",
         free="limits: {}",
     )
@@ -312,6 +314,8 @@ def test_the_larger_of_two_maxima_is_reserved(house: House) -> None:
 
 def test_the_gateway_counts_its_refusals(house: House) -> None:
     gateway, _ = house
+    assert [ask(gateway, "eager").status for _ in range(2)] == [200, 429]
+    assert ask(gateway, "broke", max_tokens=90).status == 429
     text = gateway.get("/metrics/prometheus").body.decode()
     assert 'agent_gateway_limit_rejections_total{limit="requests",scope="key"}' in text
     assert 'agent_gateway_limit_rejections_total{limit="cost",scope="key"}' in text
