@@ -78,7 +78,7 @@ def storm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storm]:
             for name, upstream in zip(names, upstreams, strict=True)
         )
         (home / "upstreams.yaml").write_text("version: 1\nupstreams:\n" + rows, encoding="utf-8")
-        models = [f"{key.replace(' ', '-')}{n}" for key in (*DEATHS, "flaps", "well", "warm") for n in range(4)]
+        models = [f"{key.replace(' ', '-')}{n}" for key in (*DEATHS, "flaps", "well", "warm") for n in range(6)]
         text = "version: 1\nmodels:\n"
         for model in models:
             names = HASTY if model.startswith("hangs") else NAMES
@@ -122,7 +122,7 @@ def test_all_targets_die_after_they_were_well(storm: Storm, how: str) -> None:
 @pytest.mark.parametrize("at_once", [1, 20, CALLS])
 @pytest.mark.parametrize("streamed", [False, True])
 def test_all_targets_flap(storm: Storm, how: str, at_once: int, streamed: bool) -> None:
-    model = f"flaps{(1, 20, CALLS).index(at_once)}" if not streamed else "flaps3"
+    model = f"flaps{(1, 20, CALLS).index(at_once) + 3 * streamed}"
     for upstream in storm.upstreams:
         upstream.clear()
         upstream.enqueue(*[status(500), Answer(text="well"), fault("refuse_after_accept"), Answer(text="well")] * 200)

@@ -49,7 +49,7 @@ class Bench:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.metrics = Metrics()
-        self.settings = Settings(agent_import_timeout_s=2.0)
+        self.settings = Settings(agent_import_timeout_s=60.0)
         self.loader: SdkLoader
         self.upstreams: Any
 
