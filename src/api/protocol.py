@@ -282,6 +282,7 @@ class GatewayProtocol(HttpConnection):
 
     def _refuse(self, error: GatewayError) -> None:
         """Answer, if no other answer is under way, and hang up."""
+        response = _refusal_of(error, self.client)
         served = self._served
         if served is None or served.response_complete or not served.response_started:
             if served is not None and not served.response_complete:
@@ -289,7 +290,6 @@ class GatewayProtocol(HttpConnection):
                 served.wake()
                 if served.on_gone is not None:
                     served.on_gone()
-            response = _refusal_of(error, self.client)
             self.transport.write(
                 b"HTTP/1.1 %d Refused\r\n%b%b\r\n%b"
                 % (
@@ -301,8 +301,6 @@ class GatewayProtocol(HttpConnection):
             )
             if self.transport.get_write_buffer_size():
                 self._watch_reader()
-        else:
-            _refusal_of(error, self.client)
         self._forget_head_timer()
         self.transport.close()
 
