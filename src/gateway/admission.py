@@ -109,12 +109,13 @@ def admit(call: Call, snapshot: Snapshot, settings: Settings) -> tuple[Run, Exec
     else:
         if not _FURTHER_MODELS.isdisjoint(call.fields):
             _authorize_further(call, target, snapshot)
+        if sent := lent_keys(call.headers, call.principal, snapshot):
+            target = target._replace(upstream=target.upstream.for_caller(sent))
         request = decode_relay(name, _filled(call, target), call.path)
         model, executor, streamed = name, RelayExecutor(target, meter=snapshot.meter), request.stream
         if snapshot.cache is not None:
             executor = _cached(executor, target, name, call, snapshot.cache)
         deadline_s = settings.run_timeout_s
-        target.upstream.sent = lent_keys(call.headers, call.principal, snapshot)
     run = Run(
         id=call.run_id or uuid.uuid4(),
         request_id=call.request_id,

@@ -56,11 +56,11 @@ class RoutedUpstream:
     credentials of the caller it is made for: keys that it lends.
     """
 
-    __slots__ = ("_route", "call", "sent")
+    __slots__ = ("_route", "_sent", "call")
 
     def __init__(self, route: Route, sent: Mapping[str, str] = NOTHING_SENT) -> None:
         self._route = route
-        self.sent = sent
+        self._sent = sent
         self.call: RoutedCall | None = None
 
     @property
@@ -127,7 +127,7 @@ class RoutedUpstream:
         on_head: OnHead | None = None,
     ) -> bytes:
         """Send one JSON request and return the JSON answer of whoever gave one."""
-        self.call = call = RoutedCall(self._route, self.sent)
+        self.call = call = RoutedCall(self._route, self._sent)
         hedges = self._route.hedge is not None and may_hedge(path, body)
         while True:
             call.begin()
@@ -169,7 +169,7 @@ class RoutedUpstream:
         on_head: OnHead | None = None,
     ) -> RoutedStream:
         """Send one streamed request and return with its first events; whatever fails later is not tried again."""
-        self.call = call = RoutedCall(self._route, self.sent)
+        self.call = call = RoutedCall(self._route, self._sent)
         hedges = self._route.hedge is not None and may_hedge(path, body)
         while True:
             call.begin()
@@ -263,7 +263,7 @@ class RoutedUpstream:
         self, request: Any, *, request_id: str | None = None, on_head: OnHead | None = None
     ) -> AsyncGenerator[bytes, None]:
         """Relay bytes, once: a body that is read while it is sent cannot be sent again, nor its model be replaced."""
-        self.call = call = RoutedCall(self._route, self.sent)
+        self.call = call = RoutedCall(self._route, self._sent)
         if call.candidate.model != self._route.model:
             call.candidate = self._route.candidates[0]
         target = call.target()
