@@ -5,7 +5,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 pytho
 	$(shell $(p) -c 'import sys; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)))
 VENV ?= .venv
 PY := $(VENV)/bin/python
-JOBS ?= 3
+JOBS ?= 2
 IMAGE ?= agent-gateway:dev
 VERSION ?= $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/gateway/__init__.py)
 
